@@ -1,0 +1,183 @@
+"""The zoo: small pretrained models that ship with the library, each with a checksum and a model card.
+
+``zoo.toml`` names, for every checkpoint, its file, size and sha256, the class and configuration that rebuild it, the recipe that trained
+it and what was measured. A file that does not match is an error, never a retry.
+
+Command line::
+
+    python -m minilib.zoo list
+    python -m minilib.zoo check NAME
+    python -m minilib.zoo train NAME        # or: accelerate launch -m minilib.zoo train NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilib.resources import atomic_write, zoo_dir
+
+
+class ZooError(RuntimeError):
+    """Something is wrong with a checkpoint; the message says what to do."""
+
+
+class UnknownCheckpoint(ZooError, KeyError):
+    """No checkpoint of that name."""
+
+    __str__ = RuntimeError.__str__
+
+
+class MissingFile(ZooError):
+    """The entry is there, the weights are not."""
+
+
+class TruncatedFile(ZooError):
+    """The file is shorter or longer than the entry says."""
+
+
+class ChecksumMismatch(ZooError):
+    """The file has the right size and other contents."""
+
+
+def entries(root: Path | None = None) -> dict[str, dict[str, Any]]:
+    """All entries of ``zoo.toml``, by name."""
+    path = (root or zoo_dir()) / "zoo.toml"
+    return tomllib.loads(path.read_text()) if path.is_file() else {}
+
+
+def names(root: Path | None = None) -> list[str]:
+    """Names of all checkpoints."""
+    return sorted(entries(root))
+
+
+def entry(name: str, root: Path | None = None) -> dict[str, Any]:
+    """One entry. Raises :class:`UnknownCheckpoint`."""
+    known = entries(root)
+    if name not in known:
+        raise UnknownCheckpoint(f"unknown checkpoint {name!r}; known: {', '.join(sorted(known)) or 'none'}")
+    return known[name]
+
+
+def checksum(name: str, root: Path | None = None) -> str:
+    """The recorded sha256 of a checkpoint."""
+    return str(entry(name, root)["sha256"])
+
+
+def read(name: str, root: Path | None = None) -> bytes:
+    """The file's bytes, verified against size and sha256."""
+    item = entry(name, root)
+    path = (root or zoo_dir()) / item["file"]
+    remedy = f"restore it from the repository, or train it again: python -m minilib.zoo train {name}"
+    if not path.is_file():
+        raise MissingFile(f"{name}: {path} does not exist; {remedy}")
+    data = path.read_bytes()
+    if len(data) != item["bytes"]:
+        raise TruncatedFile(f"{name}: {path} has {len(data)} bytes, zoo.toml says {item['bytes']}; {remedy}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != item["sha256"]:
+        raise ChecksumMismatch(
+            f"{name}: sha256 of {path} is {found[:16]}..., zoo.toml says {item['sha256'][:16]}...; {remedy}"
+        )
+    return data
+
+
+def load(name: str, device: torch.device | str = "cpu", root: Path | None = None) -> nn.Module:
+    """A checkpoint as a model in eval mode, in float32.
+
+    Raises:
+        UnknownCheckpoint, MissingFile, TruncatedFile, ChecksumMismatch: each says what was found and what to do.
+    """
+    from safetensors.torch import load as load_tensors
+
+    from minilib import models
+
+    data = read(name, root)
+    item = entry(name, root)
+    model = getattr(models, item["class"])(**item["config"])
+    model.load_state_dict({key: value.float() for key, value in load_tensors(data).items()})
+    return model.to(device).eval().requires_grad_(False)
+
+
+def publish(
+    name: str,
+    model: nn.Module,
+    *,
+    metadata: dict[str, Any],
+    card: str,
+    half: bool = False,
+    root: Path | None = None,
+) -> None:
+    """Write weights, model card and entry. The entry comes last: until then the old one does not match and loading refuses."""
+    import tomli_w
+    from safetensors.torch import save
+
+    root = root or zoo_dir()
+    dtype = torch.float16 if half else torch.float32
+    state = {key: value.detach().cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
+    data = save(state)
+    known = entries(root)
+    known[name] = {
+        "file": f"{name}.safetensors",
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "class": type(model).__name__,
+        "config": {
+            key: value for key, value in model.config.items() if value is not None
+        },  # TOML has no null
+        **metadata,
+    }
+    atomic_write(root / f"{name}.safetensors", data)
+    atomic_write(root / f"{name}.md", card)
+    atomic_write(root / "zoo.toml", tomli_w.dumps(dict(sorted(known.items()))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minilib.zoo", description="Small pretrained models that ship here."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names, sizes and headline metrics")
+    check = commands.add_parser("check", help="verify checkpoints against zoo.toml")
+    check.add_argument("names", nargs="*")
+    train = commands.add_parser(
+        "train", help="train a checkpoint again and write its weights, card and entry"
+    )
+    train.add_argument("name")
+    train.add_argument(
+        "--steps", type=int, help="other than the recipe's number of steps (a trial; give --out too)"
+    )
+    train.add_argument("--out", type=Path, help="folder to write to (default: the zoo itself)")
+    train.add_argument(
+        "--work", type=Path, default=Path("runs/zoo"), help="folder for checkpoints of an unfinished run"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "list":
+            for name, item in entries().items():
+                print(f"{name:20s} {item['bytes'] / 1e6:5.1f} MB  {item.get('summary', '')}")
+        elif args.command == "check":
+            for name in args.names or names():
+                read(name)
+                print(f"{name}: ok")
+        else:
+            from minilib.recipes import train as train_recipe
+
+            train_recipe(args.name, steps=args.steps, out=args.out, work=args.work)
+    except ZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
