@@ -49,7 +49,6 @@ def weights(name):
 wildcard_constraints:
     slug="|".join(CARDS) or "none",
     name="[A-Za-z0-9_-]+",
-    out=f"{OUT}",
 
 
 localrules:
@@ -57,9 +56,11 @@ localrules:
     dashboard,
 
 
+# The records are named too: a dashboard that is still there must not hide that a page's record is gone.
 rule all:
     input:
         f"{OUT}/dashboard.csv",
+        expand(f"{OUT}/{{slug}}.json", slug=CARDS),
 
 
 rule zoo:

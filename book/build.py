@@ -20,7 +20,8 @@ from pathlib import Path
 from check import check
 from derive.shelf import read_shelf
 from derive.stage import stage
-from filelock import FileLock
+
+from minilib.execution import alone
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "pydata-sphinx-theme", "sphinx-design")
@@ -36,7 +37,7 @@ def build(root: Path, out: Path, results: Path | None = None, profile: str = "cp
     The site is replaced only by one that was built without a warning and passed every check.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".lock"):
+    with alone(out / ".lock", "book"):
         files = stage(read_shelf(root, results, profile))
         key = content_key(files, root)
         stamp, site = out / ".key", out / "html"

@@ -53,11 +53,11 @@ def drifted(record: Mapping[str, Any]) -> bool:
 
 
 def same_number(left: Any, right: Any) -> bool:
-    """Whether two entries of a record agree, numbers to a relative 1e-12 (library versions round differently)."""
+    """Whether two entries of a record agree, numbers to a relative 1e-9 (versions of scipy differ in the last digits)."""
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same_number, left, right))
     if isinstance(left, int | float) and isinstance(right, int | float):
-        return math.isclose(left, right, rel_tol=1e-12, abs_tol=1e-300)
+        return math.isclose(left, right, rel_tol=1e-9)
     return left == right
 
 
@@ -171,8 +171,8 @@ def receipt_problems(
         receipt = read_record(path)
         if receipt.get("profile") != profile:
             found.append(f"{card.slug}: ran in profile {receipt.get('profile')!r}, expected {profile!r}")
-        if not (receipt.get("wall_s") or 0) > 0 or not (receipt.get("cells") or 0) > 0:
-            found.append(f"{card.slug}: its receipt has no wall time or no executed cell")
+        if not (receipt.get("wall_s") or 0) > 0:
+            found.append(f"{card.slug}: its receipt has no wall time")
         if not (receipt.get("started") or 0) >= since:
             when = datetime.datetime.fromtimestamp(receipt.get("started") or 0, datetime.UTC)
             found.append(

@@ -29,6 +29,7 @@ RECORD_ORDER = (
     *("slug", "profile", "device", "settings", "claims", "wall_s", "peak_mb", "threads"),
     *("machine", "versions", "date", "modules", "zoo"),
 )
+_PARAMETERS = re.compile(r"""^# %%.*\btags=\[[^\]]*["']parameters["']""", re.MULTILINE)
 
 
 class PageFailed(RuntimeError):
@@ -50,7 +51,13 @@ def page_text(card: Card, root: Path) -> str:
     path = root / card.text
     if not path.is_file():
         raise pages.PageError(f"{path}: the card {card.slug!r} has no page there; write its text")
-    return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    tagged = len(_PARAMETERS.findall(text))
+    if tagged != 1:
+        raise pages.PageError(
+            f"{path}: {tagged} cells are tagged 'parameters'; exactly one must be: it sets the profile"
+        )
+    return text
 
 
 def execute(
@@ -66,11 +73,6 @@ def execute(
     card = load_card(slug, root)
     text = page_text(card, root)
     fresh = pages.notebook_of(text)
-    tagged = [cell for cell in fresh.cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise pages.PageError(
-            f"{card.text}: {len(tagged)} cells are tagged 'parameters'; exactly one must be"
-        )
     logs = out_notebook.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     failed = logs / f"{slug}.failed.ipynb"
@@ -150,12 +152,18 @@ def _without_injected(notebook: Any) -> Any:
 
 
 def kernel_environment(profile: str, root: Path) -> dict[str, str]:
-    """What a page's kernel needs: one thread a process, one process at smoke, and this very minilib."""
-    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1", "MINILIB_ROOT": str(root.resolve())}
+    """What a page's kernel needs: one thread a process, one process at smoke, this very minilib, figures in the page."""
+    paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    env = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
+        "MINILIB_ROOT": str(root.resolve()),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        # A backend set outside, such as Agg, would keep figures out of the notebook.
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
     if profile == "smoke":
         env["MINILIB_JOBS"] = os.environ.get("MINILIB_JOBS") or "1"
-    paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    return env
 
 
 @contextlib.contextmanager
@@ -227,8 +235,17 @@ def write_all(files: Mapping[Path, str]) -> None:
         raise
 
 
+def end_cleanly() -> None:
+    """Make SIGTERM an ordinary exit, so that the kernel is stopped and temporary folders are removed."""
+
+    def leave(*_: Any) -> None:
+        sys.exit("stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def end_with(pid: int, every: float = 1.0) -> None:
-    """End this process, kernel and all, soon after another one has died: a fleet killed at once leaves no page running."""
+    """End this process soon after another one has died: a fleet killed at once leaves no page running."""
 
     def watch() -> None:
         while True:
@@ -236,7 +253,7 @@ def end_with(pid: int, every: float = 1.0) -> None:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
-                os.kill(os.getpid(), signal.SIGTERM)  # papermill then shuts the kernel down
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     threading.Thread(target=watch, daemon=True).start()

@@ -98,9 +98,7 @@ def show_images(
     return ax
 
 
-def mean_interval(
-    values: Float[Tensor, "seeds *points"], level: float = 0.90
-) -> tuple[Tensor, Tensor, Tensor]:
+def mean_interval(values: Float[Tensor, "seeds ..."], level: float = 0.90) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and t-interval over the first axis: ``(mean, low, high)``; the interval is the mean itself with one seed."""
     from scipy.special import stdtrit
 

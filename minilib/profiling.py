@@ -57,7 +57,9 @@ def count_flops(model: nn.Module, *inputs: Any, **kwargs: Any) -> FlopCount:
 
 
 def to_meta(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` on the meta device; its values are never copied."""
+    """A copy of ``model`` on the meta device, without ever copying its values; ``model`` itself if it is there already."""
+    if all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return model
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
     }

@@ -237,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command in ("page", "execute"):
         execution.log_to_terminal()
+        execution.end_cleanly()
     try:
         return _run(args)
     except (CardError, PageFailed, pages.PageError, FileNotFoundError) as error:

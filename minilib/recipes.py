@@ -30,6 +30,7 @@ class Recipe:
     config: FitConfig
     run: Callable[[FitConfig, Path], FitResult]
     evaluate: Callable[[nn.Module], dict[str, Any]]
+    picture: Callable[[nn.Module], bytes] | None = None
     half: bool = False
 
 
@@ -63,7 +64,8 @@ def train(
     trained["betas"] = list(config.betas)
     metadata = {"summary": recipe.summary, "recipe": trained, "metrics": metrics}
     card = model_card(name, recipe, result.ema, trained, metrics)
-    zoo.publish(name, result.ema, metadata=metadata, card=card, half=recipe.half, root=out)
+    picture = recipe.picture(result.ema) if recipe.picture else None
+    zoo.publish(name, result.ema, metadata=metadata, card=card, picture=picture, half=recipe.half, root=out)
     print(card)
 
 
@@ -92,6 +94,7 @@ def model_card(
         "|---|---|",
         *[f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in metrics.items()],
         "",
+        *([f"![Samples of {name}, not chosen]({name}.png)", ""] if recipe.picture else []),
     ]
     return "\n".join(lines)
 
@@ -183,7 +186,7 @@ def _run_dit(config: FitConfig, checkpoint: Path) -> FitResult:
     batches = class_batches(data.x, data.y, uniform_timesteps(), null_class=10)
     loss = denoising_loss(ddpm_scheduler(), vlb_weight=1.0)
     return fit(
-        model, loss, batches, config, checkpoint=checkpoint, checkpoint_every=1000, progress="dit_digits"
+        model, loss, batches, config, checkpoint=checkpoint, checkpoint_every=500, progress="dit_digits"
     )
 
 
@@ -241,6 +244,25 @@ def _evaluate_dit(model: nn.Module) -> dict[str, Any]:
     return metrics
 
 
+def _picture_dit(model: nn.Module) -> bytes:
+    """Samples, not chosen: ten columns, one a class; three rows without guidance, three with guidance_scale 2."""
+    import io
+
+    import matplotlib.pyplot as plt
+
+    from minilib.plotting import finish, show_images, style
+
+    y = torch.arange(10).repeat(3)
+    x = torch.cat([sample_digits(model, y, scale, seed=0) for scale in (1.0, 2.0)])
+    with style():
+        fig, ax = plt.subplots(figsize=(6, 3.7))
+        rows = ["guidance 1", "", "", "guidance 2", "", ""]
+        show_images(x, 10, ax=ax, row_labels=rows, column_labels=[str(i) for i in range(10)])
+        buffer = io.BytesIO()
+        finish(fig).savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
 RECIPES: dict[str, Recipe] = {
     "oracle_digits": Recipe(
         summary="Reads 8x8 handwritten digits: the judge of generated digits, and the feature net of their Fréchet distance.",
@@ -252,10 +274,17 @@ RECIPES: dict[str, Recipe] = {
         summary="A class-conditional DiT on 8x8 handwritten digits: patch 1, 64 tokens, width 96, 8 blocks, "
         "epsilon prediction on the cosine schedule, learned variance, 10 % label dropout.",
         config=FitConfig(
-            steps=20_000, batch_size=128, lr=1e-3, ema_decay=0.999, warmup=200, decay_fraction=0.5
+            steps=7_000,
+            batch_size=64,
+            lr=1e-3,
+            ema_decay=0.999,
+            warmup=200,
+            decay_fraction=0.5,
+            mixed_precision="bf16",
         ),
         run=_run_dit,
         evaluate=_evaluate_dit,
+        picture=_picture_dit,
         half=True,
     ),
 }

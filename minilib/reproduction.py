@@ -236,7 +236,7 @@ class Reproduction:
             "claims": {
                 claim.id: summarise(claim, self._values.get(claim.id, [])) for claim in self.card.claims
             },
-            "wall_s": round(time.perf_counter() - self._clock, 2),
+            "wall_s": round(time.perf_counter() - self._clock, 4),
             "peak_mb": machine.peak_mb(),
             "threads": machine.threads(),
             "machine": f"{machine.cpu_model()}, {gpu}" if gpu else machine.cpu_model(),
@@ -273,12 +273,11 @@ class Reproduction:
         folder = os.environ.get("MINILIB_RECEIPTS")
         if not folder:
             return
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         receipt = {
             "slug": self.card.slug,
             "profile": self.profile,
             "wall_s": record["wall_s"],
             "started": self._started,
-            "cells": shell.execution_count if shell else None,
+            "recorded": sorted(self._values),
         }
         atomic_write(Path(folder) / f"{self.card.slug}.json", json.dumps(receipt, indent=1) + "\n")

@@ -17,7 +17,9 @@ def repo_root() -> Path | None:
     given = os.environ.get("MINILIB_ROOT")
     if given:
         if not (Path(given) / "reproductions").is_dir():
-            raise FileNotFoundError(f"MINILIB_ROOT is {given!r}, which has no folder reproductions/; name a checkout")
+            raise FileNotFoundError(
+                f"MINILIB_ROOT is {given!r}, which has no folder reproductions/; name a checkout"
+            )
         return Path(given).resolve()
     root = _PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() and (root / "reproductions").is_dir() else None

@@ -44,7 +44,7 @@ def initial_noise(
 def sample(
     model: Model,
     scheduler: Any,
-    noise: Float[Tensor, "b *shape"],
+    noise: Float[Tensor, "b ..."],
     *,
     num_inference_steps: int,
     generator: torch.Generator | None = None,
@@ -80,11 +80,11 @@ def sample(
 def sample_final(
     model: Model,
     scheduler: Any,
-    noise: Float[Tensor, "b *shape"],
+    noise: Float[Tensor, "b ..."],
     *,
     num_inference_steps: int,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "b *shape"]:
+) -> Float[Tensor, "b ..."]:
     """The last state of :func:`sample`."""
     x = noise
     for step in sample(model, scheduler, noise, num_inference_steps=num_inference_steps, generator=generator):

@@ -1,8 +1,9 @@
 """Training: one loop for every page and every zoo model, on Hugging Face accelerate.
 
-All the randomness of step ``k`` is drawn by ``make_batch`` from a generator seeded with ``(seed, k)``, for the *global* batch, and
-each process then takes its slice. Three things follow, and the tests hold them: a resumed run ends with the same weights as an
-uninterrupted one; two processes compute the gradients of one with the whole batch; arms with equal seeds see equal data and noise.
+All the randomness of step ``k`` is drawn by ``make_batch`` from a generator seeded with ``(seed, k)``, for the *global*
+batch, and each process then takes its slice. Three things follow, and the tests hold them: a resumed run ends with the same
+weights as an uninterrupted one; two processes compute the gradients of one with the whole batch; arms with equal seeds see
+equal data and noise.
 """
 
 from __future__ import annotations

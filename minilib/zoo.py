@@ -1,7 +1,7 @@
 """The zoo: small pretrained models that ship with the library, each with a checksum and a model card.
 
-``zoo.toml`` names, for every checkpoint, its file, size and sha256, the class and configuration that rebuild it, the recipe that trained
-it and what was measured. A file that does not match is an error, never a retry.
+``zoo.toml`` names, for every checkpoint, its file, size and sha256, the class and configuration that rebuild it, the recipe
+that trained it and what was measured. A file that does not match is an error, never a retry.
 
 Command line::
 
@@ -113,10 +113,14 @@ def publish(
     *,
     metadata: dict[str, Any],
     card: str,
+    picture: bytes | None = None,
     half: bool = False,
     root: Path | None = None,
 ) -> None:
-    """Write weights, model card and entry. The entry comes last: until then the old one does not match and loading refuses."""
+    """Write weights, model card, picture (a PNG) and entry.
+
+    The entry comes last: until then the old one does not match, and loading refuses.
+    """
     import tomli_w
     from safetensors.torch import save
 
@@ -137,6 +141,8 @@ def publish(
     }
     atomic_write(root / f"{name}.safetensors", data)
     atomic_write(root / f"{name}.md", card)
+    if picture:
+        atomic_write(root / f"{name}.png", picture)
     atomic_write(root / "zoo.toml", tomli_w.dumps(dict(sorted(known.items()))))
 
 

@@ -101,19 +101,23 @@ def build(root: Path) -> Path:
     (package / "zoo.py").write_text(ZOO)
     (package / "assets" / "zoo" / "tiny.safetensors").write_bytes(WEIGHTS)
     digest = hashlib.sha256(WEIGHTS).hexdigest()
-    (package / "assets" / "zoo" / "zoo.toml").write_text(f'[tiny]\nfile = "tiny.safetensors"\nsha256 = "{digest}"\n')
+    (package / "assets" / "zoo" / "zoo.toml").write_text(
+        f'[tiny]\nfile = "tiny.safetensors"\nsha256 = "{digest}"\n'
+    )
     (root / "pyproject.toml").write_text("[project]\n")
     (root / "constraints.txt").write_text("numpy==2.4.6\n")
     shutil.copytree(REPO / "profiles", root / "profiles")
     shutil.copy(REPO / "Snakefile", root / "Snakefile")
     for order, (slug, part) in enumerate(PAGES.items()):
         zoo = '["tiny"]' if slug == "alpha" else "[]"
-        write(root / f"reproductions/{slug}/paper.toml", CARD.format(slug=slug, part=part, order=order, zoo=zoo))
+        write(
+            root / f"reproductions/{slug}/paper.toml", CARD.format(slug=slug, part=part, order=order, zoo=zoo)
+        )
         write(root / f"notebooks/{part}/{slug}.py", PAGE.format(slug=slug))
     return root
 
 
-ZOO = '''import hashlib
+ZOO = """import hashlib
 import pathlib
 import sys
 
@@ -123,7 +127,7 @@ from minilib.resources import zoo_dir
 for name in sys.argv[2:]:
     found = hashlib.sha256((zoo_dir() / f"{name}.safetensors").read_bytes()).hexdigest()
     sys.exit(0 if found == known_checksums()[name] else f"{name}: wrong checksum")
-'''
+"""
 
 
 def write(path: Path, text: str) -> None:

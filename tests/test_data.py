@@ -71,7 +71,9 @@ def test_toy_denoiser_obeys_tweedie(density, alpha, sigma):
 
 def test_toy_density_integrates_to_one_and_the_denoiser_is_the_posterior_mean():
     d = GaussianMixture(
-        torch.tensor([[-1.0], [1.5]]).double(), torch.tensor([0.3, 0.5]).double(), torch.tensor([0.4, 0.6]).double()
+        torch.tensor([[-1.0], [1.5]]).double(),
+        torch.tensor([0.3, 0.5]).double(),
+        torch.tensor([0.4, 0.6]).double(),
     )
     alpha, sigma, seen = 0.8, 0.6, 0.35
 

@@ -67,7 +67,10 @@ def test_report_states_n_net_floor_and_ceiling():
 
 def brute_force(real, fake, k):
     """The definitions, point by point."""
-    rr, rf = np.linalg.norm(real[:, None] - real[None], axis=-1), np.linalg.norm(real[:, None] - fake[None], axis=-1)
+    rr, rf = (
+        np.linalg.norm(real[:, None] - real[None], axis=-1),
+        np.linalg.norm(real[:, None] - fake[None], axis=-1),
+    )
     ff = np.linalg.norm(fake[:, None] - fake[None], axis=-1)
     rad_r, rad_f = np.sort(rr, 1)[:, k], np.sort(ff, 1)[:, k]
     precision = np.mean([any(rf[i, j] < rad_r[i] for i in range(len(real))) for j in range(len(fake))])

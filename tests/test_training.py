@@ -40,14 +40,18 @@ def test_fit_learns_and_is_a_function_of_its_seed():
     a, b = (fit(tiny(), loss, make_batch, CONFIG, device="cpu") for _ in range(2))
     assert torch.equal(weights(a.model), weights(b.model)) and a.history == b.history
     assert len(a.history) == 60 and a.history[-1] < 0.2 * a.history[0]
-    other = fit(tiny(), loss, make_batch, FitConfig(steps=60, batch_size=16, lr=1e-2, warmup=5, seed=1), device="cpu")
+    other = fit(
+        tiny(), loss, make_batch, FitConfig(steps=60, batch_size=16, lr=1e-2, warmup=5, seed=1), device="cpu"
+    )
     assert not torch.equal(weights(a.model), weights(other.model))
 
 
 def test_fit_equals_a_loop_written_out():
     """The same recipe by hand: plain AdamW, clipping, schedule and EMA."""
     model, ema = tiny(), tiny()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=CONFIG.betas, weight_decay=0.0, fused=False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.0, betas=CONFIG.betas, weight_decay=0.0, fused=False
+    )
     for step in range(CONFIG.steps):
         warm = min(1.0, (step + 1) / 5)
         decay = min(1.0, (60 - step) / (0.4 * 60))
@@ -116,7 +120,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"batch_size": 0}, {"decay_fraction": 2.0}, {"ema_decay": 1.0}, {"mixed_precision": "fp16"}]
+    "bad",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"decay_fraction": 2.0},
+        {"ema_decay": 1.0},
+        {"mixed_precision": "fp16"},
+    ],
 )
 def test_recipes_out_of_range_are_refused(bad):
     with pytest.raises(ValueError):
@@ -145,17 +156,21 @@ def test_bf16_trains_and_attention_stays_fp32():
     seen = []
     block = model.blocks[0].attn
     inner = block.processor
-    block.processor = lambda q, k, v, **kw: (seen.append((q.dtype, torch.is_autocast_enabled("cpu"))), inner(q, k, v, **kw))[1]
+    block.processor = lambda q, k, v, **kw: (
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu"))),
+        inner(q, k, v, **kw),
+    )[1]
 
-    def batch(generator, n):
-        return {"x0": torch.randn(n, 1, 4, 4, generator=generator), "y": torch.zeros(n, dtype=torch.long),
-                "noise": torch.randn(n, 1, 4, 4, generator=generator), "t": torch.rand(n, generator=generator) * 1000}  # fmt: skip
+    x, noise = torch.randn(2, 64, 1, 4, 4)
+    data = {"x0": x, "y": torch.zeros(64, dtype=torch.long), "noise": noise, "t": 1000 * torch.rand(64)}
 
     from minilib.losses import flow_matching_loss
 
     out = []
     handle = model.blocks[0].attn.qkv.register_forward_hook(lambda m, a, o: out.append(o.dtype))
-    result = fit(model, flow_matching_loss, batch, FitConfig(steps=3, mixed_precision="bf16"), device="cpu")
+    result = fit(
+        model, flow_matching_loss, lambda g, n: data, FitConfig(steps=3, mixed_precision="bf16"), device="cpu"
+    )
     handle.remove()
     assert out and set(out) == {torch.bfloat16} and all(on for _, on in seen)
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
@@ -168,7 +183,7 @@ def test_bf16_trains_and_attention_stays_fp32():
     assert (mixed.float() - exact).abs().max() < 1e-6 or mixed.dtype == torch.bfloat16
 
 
-LAUNCHED = '''
+LAUNCHED = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from test_training import CONFIG, FitConfig, fit, loss, make_batch, tiny, weights
@@ -188,8 +203,9 @@ torch.optim.AdamW.step = spy
 result = fit(model, loss, make_batch, config, device="cpu")
 state = PartialState()
 if state.is_main_process:
-    save_file({"grads": torch.stack(grads), "weights": weights(result.model), "world": torch.tensor(state.num_processes)}, sys.argv[1])
-'''
+    world = torch.tensor(state.num_processes)
+    save_file({"grads": torch.stack(grads), "weights": weights(result.model), "world": world}, sys.argv[1])
+"""
 
 
 def test_two_processes_give_the_gradients_of_one_with_the_doubled_batch(tmp_path):

@@ -12,7 +12,13 @@ from minilib.models import OracleClassifier
 @pytest.fixture
 def root(tmp_path):
     torch.manual_seed(0)
-    zoo.publish("judge", OracleClassifier(width=8).eval(), metadata={"summary": "a judge"}, card="# judge\n", root=tmp_path)
+    zoo.publish(
+        "judge",
+        OracleClassifier(width=8).eval(),
+        metadata={"summary": "a judge"},
+        card="# judge\n",
+        root=tmp_path,
+    )
     return tmp_path
 
 
@@ -75,7 +81,10 @@ def test_the_oracle_reads_real_digits_as_its_card_says():
 
     test = load("digits", "test")
     accuracy = class_accuracy(zoo.load("oracle_digits"), test.x, test.y)
-    assert accuracy == pytest.approx(zoo.entry("oracle_digits")["metrics"]["accuracy_test"], abs=0.003) and accuracy > 0.99
+    assert (
+        accuracy == pytest.approx(zoo.entry("oracle_digits")["metrics"]["accuracy_test"], abs=0.003)
+        and accuracy > 0.99
+    )
 
 
 def test_dit_digits_draws_what_is_asked():
@@ -88,7 +97,9 @@ def test_dit_digits_draws_what_is_asked():
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "-m", "minilib.zoo", *args], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "minilib.zoo", *args], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_command_line():
@@ -102,7 +113,16 @@ def test_command_line():
 
 
 def test_train_writes_a_loadable_checkpoint_with_card(tmp_path):
-    done = run("train", "oracle_digits", "--steps", "30", "--out", str(tmp_path / "zoo"), "--work", str(tmp_path / "work"))
+    done = run(
+        "train",
+        "oracle_digits",
+        "--steps",
+        "30",
+        "--out",
+        str(tmp_path / "zoo"),
+        "--work",
+        str(tmp_path / "work"),
+    )
     assert done.returncode == 0, done.stderr
     assert zoo.entry("oracle_digits", tmp_path / "zoo")["recipe"]["steps"] == 30
     assert isinstance(zoo.load("oracle_digits", root=tmp_path / "zoo"), OracleClassifier)

@@ -1,10 +1,10 @@
 """Fréchet distance of two sets of features, with what is needed to read it.
 
-``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``: the squared 2-Wasserstein distance of the Gaussians with the sets' means and
-covariances (Dowson and Landau, 1982; with Inception features it is the FID of Heusel et al., 2017, arXiv 1706.08500).
+``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``: the squared 2-Wasserstein distance of the Gaussians with the sets'
+means and covariances (Dowson and Landau, 1982; with Inception features it is the FID of Heusel et al., 2017, arXiv 1706.08500).
 
-It is biased upwards at small n, so a number alone says nothing. :func:`frechet_report` therefore prints n, the feature net's checksum,
-the floor (real against real, same sizes) and a ceiling.
+It is biased upwards at small n, so a number alone says nothing. :func:`frechet_report` therefore prints n, the feature
+net's checksum, the floor (real against real, same sizes) and a ceiling.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def frechet_report(
 ) -> FrechetReport:
     """Distance of generated images to a reference, beside its floor and ceiling at the same n.
 
-    The floor is ``held_out`` against ``reference``; generated and held-out are cut to the same length, since the bias depends on it.
-    The default ceiling is the generated set's pixels as independent noise of the reference's mean and spread.
+    The floor is ``held_out`` against ``reference``; generated and held-out are cut to the same length, since the bias
+    depends on it. The default ceiling is independent pixels with the reference's mean and spread at each place.
     """
     n = min(len(generated), len(held_out))
     if ceiling is None:

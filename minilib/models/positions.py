@@ -64,6 +64,7 @@ def timestep_embedding(
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even and positive, got {dim}: half of it are cosines, half sines")
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift)
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    # Product first, then quotient, as both code bases do: at t = 999 another rounding shows in the fifth digit.
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(exponent / (half - frequency_shift))
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -14,7 +14,7 @@ loss: to draw t from pi is to weigh uniform draws by pi(t).
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from torch import Tensor
 from .base import choose
 
 
+@runtime_checkable
 class TimestepDensity(Protocol):
     """A density on (0, 1)."""
 

@@ -47,11 +47,6 @@ def test_many_steps_reach_the_probability_flow_solution(name: str) -> None:
     s = getattr(S, name)(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", **extra)
     bar = alpha_bar_reference("linear", 1000)[-1]
     a, b = math.sqrt(bar), math.sqrt(1 - bar)
-    noise = (
-        data.start
-        if name in ("DDIMScheduler", "DPMSolverMultistepScheduler")
-        else data.start * b / a / (b / a)
-    )
     edm = name.startswith(("Euler", "Heun"))
     x_top = data.start * b if edm else data.start  # EDM's first sample is sigma z; scaled by a it is b z
     exact = data.mu + data.s * (x_top - a * data.mu) / data.variance(a, b).sqrt()
@@ -59,7 +54,7 @@ def test_many_steps_reach_the_probability_flow_solution(name: str) -> None:
         (run_vp(s, lambda x, a, b: data.predict("epsilon", x, a, b), data.start, n) - exact).abs().max()
         for n in (50, 400)
     ]
-    assert errors[1] < 0.012 and errors[1] < errors[0]
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 5  # eight times the steps
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

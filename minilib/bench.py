@@ -1,0 +1,136 @@
+"""Speed as a ratio: ours and a peer, measured interleaved in one run, on one thread, by CPU time.
+
+Absolute milliseconds on a shared machine say little: the clock of a busy core wanders by half. A ratio of two functions
+measured in turn, each by the minimum of many short samples of *CPU* time, holds to about 10 %. Times are never asserted in
+tests; they are recorded with the machine's name, and the book shows the record.
+
+``make bench`` runs every case of ``tests/benchmarks`` and writes ``tests/benchmarks/record.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilib.resources import atomic_write, repo_root
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two functions of no argument that do the same work, and the ratio aimed at (our time over the peer's)."""
+
+    name: str
+    peer: str
+    goal: float
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The minimum CPU time a call of each side, in milliseconds, and their ratio; ``noise`` is ours against itself."""
+
+    ratio: float
+    ours_ms: float
+    peer_ms: float
+    noise: float
+
+
+def ratio(
+    ours: Callable[[], Any], peer: Callable[[], Any], *, repeats: int = 11, min_seconds: float = 0.05
+) -> Ratio:
+    """Time two functions in turn, in alternating order, and compare their minima.
+
+    Args:
+        repeats: samples a side.
+        min_seconds: least CPU time of a sample; calls are repeated within it until it is reached.
+
+    ``noise`` is the ratio of the minima of ours over even and over odd repeats: how far from 1 the same function lands.
+    """
+    if repeats < 2 or min_seconds <= 0:
+        raise ValueError(f"need repeats >= 2 and min_seconds > 0; got {repeats} and {min_seconds}")
+    counts = [_calls_for(f, min_seconds) for f in (ours, peer)]
+    samples: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            samples[side].append(_sample((ours, peer)[side], counts[side]))
+    mine, theirs = min(samples[0]), min(samples[1])
+    return Ratio(mine / theirs, 1e3 * mine, 1e3 * theirs, min(samples[0][::2]) / min(samples[0][1::2]))
+
+
+def _sample(function: Callable[[], Any], calls: int) -> float:
+    start = time.process_time()
+    for _ in range(calls):
+        function()
+    return (time.process_time() - start) / calls
+
+
+def _calls_for(function: Callable[[], Any], seconds: float) -> int:
+    function()  # warm-up: allocations, lazy imports
+    return max(1, int(seconds / max(_sample(function, 2), 1e-7)))
+
+
+def run_cases(cases: Iterator[Case], only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Measure every case; returns one row a case, ready for JSON."""
+    import diffusers
+
+    from minilib.machine import cpu_model
+
+    rows = []
+    context = {
+        "machine": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    for case in cases:
+        if only and not any(word in case.name for word in only):
+            continue
+        result = ratio(case.ours, case.theirs)
+        row = {"name": case.name, "peer": case.peer, "goal": case.goal, **asdict(result)}
+        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print(f"{case.name:44s} {result.ratio:6.2f}x of {case.peer} (goal {case.goal:g}x)", flush=True)
+        rows.append(row | context)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks of the checkout and write their record. Words given select cases by name; then nothing is written."""
+    only = list(sys.argv[1:] if argv is None else argv)
+    root = repo_root()
+    if root is None:
+        print(
+            "error: benchmarks live in the repository (tests/benchmarks); run this in a checkout",
+            file=sys.stderr,
+        )
+        return 1
+    torch.set_num_threads(1)
+    folder = root / "tests" / "benchmarks"
+    rows = []
+    for path in sorted(folder.glob("bench_*.py")):
+        rows += run_cases(_load(path).cases(), only)
+    if not only:
+        atomic_write(folder / "record.json", json.dumps(rows, indent=1) + "\n")
+        print(f"wrote {folder / 'record.json'}")
+    return 0
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())
