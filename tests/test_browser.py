@@ -84,6 +84,7 @@ def page(request, browser, address):
     context.route("**/*", decide)
     context.on("response", lambda response: broken.append(response.url) if response.status >= 400 else None)
     context.on("weberror", lambda error: broken.append(str(error.error)))
+    context.set_default_timeout(120_000)  # a busy machine is slow, not wrong
     page = context.new_page()
     page.phone = request.param == "phone"
     yield page
@@ -214,7 +215,7 @@ def test_dashboard_filters_and_sorts(page):
 
 
 def test_the_contents_list_opens(page):
-    page.goto("/conventions.html")
+    page.goto("/add-a-paper.html")
     link = page.locator(
         "nav.bd-links a, .bd-links__title ~ * a, .sidebar-primary-item a", has_text="Results"
     ).first

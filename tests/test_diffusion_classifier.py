@@ -56,7 +56,7 @@ FOUR = 2**0.5 * torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]],
 @pytest.mark.parametrize("stds", [(0.35, 0.35), (0.25, 0.5)])
 def test_errors_integrated_over_log_snr_are_the_likelihood_ratio(stds):
     s, parts = scheduler(), two_gaussians(stds)
-    t = torch.arange(5, 1000, 10)
+    t = even_timesteps(50)
     errors = diffusion_classifier(
         exact_epsilon(parts, s), s, GRID, [0, 1], t.repeat_interleave(4), noise=FOUR.repeat(len(t), 1)
     ).errors
@@ -66,7 +66,7 @@ def test_errors_integrated_over_log_snr_are_the_likelihood_ratio(stds):
     log_snr = torch.logit(s.alphas_cumprod_f64[t])
     estimate = 0.5 * torch.trapezoid((per_t[..., 1] - per_t[..., 0]).flip(1), log_snr.flip(0), dim=1)
     ratio = parts[0].log_prob(GRID) - parts[1].log_prob(GRID)
-    assert (estimate - ratio).abs().max() < 3e-3 * (ratio.max() - ratio.min())
+    assert (estimate - ratio).abs().max() < 5e-3 * (ratio.max() - ratio.min())
 
 
 def test_it_finds_the_bayes_class_of_two_equal_gaussians():
@@ -148,16 +148,16 @@ def test_calls_are_counted_and_bounded_by_the_batch(stages):
     assert count.samples == int((~found.errors.isnan()).sum())
 
 
-@pytest.mark.parametrize("stages", [None, [(4, 3), (10, 1)]])
+@pytest.mark.parametrize("stages", [None, [(2, 3), (5, 1)]])
 def test_order_of_classes_and_batch_size_do_not_matter(stages):
-    s, model, x, t = scheduler(), tiny_dit(), images(12), even_timesteps(10)
-    common = {"stages": stages, "noise": torch.randn(12, 10, 1, 4, 4, generator=generator(), dtype=x.dtype)}
+    s, model, x, t = scheduler(), tiny_dit(), images(6), even_timesteps(5)
+    common = {"stages": stages, "noise": torch.randn(6, 5, 1, 4, 4, generator=generator(), dtype=x.dtype)}
     base = diffusion_classifier(model, s, x, range(6), t, **common)
     order = torch.tensor([3, 5, 0, 4, 1, 2])
     turned = diffusion_classifier(model, s, x, order, t, **common)
     assert torch.equal(turned.predictions, base.predictions)
     assert torch.allclose(turned.errors, base.errors[:, :, order], rtol=1e-9, equal_nan=True)
-    for batch in (1, 5, 1000):
+    for batch in (1, 10, 1000):
         again = diffusion_classifier(model, s, x, range(6), t, **common, batch=batch)
         assert torch.equal(again.predictions, base.predictions)
         assert torch.allclose(again.errors, base.errors, rtol=1e-9, equal_nan=True)
@@ -265,6 +265,4 @@ def test_bad_input_is_refused(change, message):
     arguments |= {"generator": generator(), **change}
     x, classes, timesteps = (arguments.pop(name) for name in ("x", "classes", "timesteps"))
     with pytest.raises(ValueError, match=message):
-        diffusion_classifier(
-            tiny_dit(torch.float32), scheduler(), x, list(classes), torch.as_tensor(timesteps), **arguments
-        )
+        diffusion_classifier(tiny_dit(torch.float32), scheduler(), x, list(classes), timesteps, **arguments)

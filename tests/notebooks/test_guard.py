@@ -63,6 +63,21 @@ def test_pages_that_did_not_run_fail(project):
     assert checked.returncode == 1 and "beta: no receipt" in checked.stderr and "gamma" not in checked.stderr
 
 
+def test_flagged_cells_are_compared_with_the_published_outputs(project):
+    page = miniproject.page(project, "gamma")
+    flagged = "# %%\n# NBVAL_CHECK_OUTPUT\nprint('right')\n\n# %%\n# NBVAL_CHECK_OUTPUT\nprint('published before')\n"
+    page.write_text(page.read_text() + "\n" + flagged)
+    miniproject.publish(project, "gamma", "--profile", "cpu")
+    notebook = project / "notebooks/04-caching/gamma.ipynb"
+    data = json.loads(notebook.read_text())
+    data["cells"][-1]["outputs"][0]["text"] = ["another output\n"]
+    notebook.write_text(json.dumps(data))
+    done = miniproject.run(project, *NBVAL, str(notebook), check=False, timeout=300)
+    assert done.returncode == 1
+    assert "1 failed, 6 passed" in done.stdout and "Cell outputs differ" in done.stdout, done.stdout
+    assert "another output" in done.stdout and "published before" in done.stdout
+
+
 def test_a_receipt_without_time_or_of_another_profile_fails(project):
     folder = project / "results/smoke/receipts"
     now = time.time()

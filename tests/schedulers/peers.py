@@ -72,7 +72,7 @@ def trajectory(
     """Every sample and every x_0 of a whole run, each with its natural size; ``bars`` are the noise levels of the network.
 
     The size of a state is its largest element, at least 1. Where a step subtracts large numbers to get small ones (x at a large
-    sigma, or x_0 = (x - sigma eps) / alpha), a twentieth of these numbers counts too: 1e-5 of that is 8 float32 roundings.
+    sigma, or x_0 = (x - sigma eps) / alpha), a twentieth of these numbers counts too, from then on: 1e-5 of it is 8 float32 roundings.
     """
     scheduler.set_timesteps(steps)
     g = torch.Generator().manual_seed(1)
@@ -80,16 +80,17 @@ def trajectory(
     in_sigma = float(scheduler.init_noise_sigma) != 1.0
     if "generator" in step_options:
         step_options["generator"] = g
-    states = []
+    states, size = [], 1.0
     for call, (t, bar, after) in enumerate(zip(scheduler.timesteps, bars, [*bars[1:], 1.0], strict=True)):
         out = scheduler.step(network(scheduler.scale_model_input(x, t), bar, call), t, x, **step_options)
         large = 0.05 * x.abs().max().item()
         if not in_sigma:
             large = large / bar**0.5 if network.kind == "epsilon" else 0.0
         x, x0 = out.prev_sample, getattr(out, "pred_original_sample", None)
-        states.append((x, max(1.0, x.abs().max().item(), large * (1 if in_sigma else after**0.5))))
         if x0 is not None:
-            states.append((x0, max(1.0, x0.abs().max().item(), large)))
+            states.append((x0, max(size, x0.abs().max().item(), large)))
+        size = max(size, large * (1 if in_sigma else after**0.5))
+        states.append((x, max(size, x.abs().max().item())))
     return states
 
 
