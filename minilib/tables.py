@@ -5,6 +5,7 @@ Verdicts are written as words with a sign; colour only repeats them. Text inheri
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -35,6 +36,15 @@ _STYLE += "".join(
     f".verdict-{n.replace(' ', '-')} {{border-left-color: {c};}}\n" for n, c in _COLOURS.items()
 )
 _STYLE += "</style>"
+
+
+def prose(text: str) -> str:
+    """A card's text as HTML; backticks make code of what is between them.
+
+    >>> prose("`eta` < 1")
+    '<code>eta</code> &lt; 1'
+    """
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def number(value: float | None) -> str:
@@ -126,16 +136,16 @@ def claims_html(card: Card, record: Mapping[str, Any]) -> str:
     rows = []
     for claim in card.claims:
         result = record["claims"][claim.id]
-        name = f"<code>{escape(claim.id)}</code> <small>({claim.kind})</small><br>{escape(claim.statement)}"
+        name = f"<code>{escape(claim.id)}</code> <small>({claim.kind})</small><br>{prose(claim.statement)}"
         cells = (
             name,
-            escape(claim.paper),
+            prose(claim.paper),
             escape(here(result)),
             escape(target(claim)),
             badge(result["verdict"]),
         )
         rows.append(cells)
-    notes = [escape(note) for note in _claim_notes(card, record)]
+    notes = [prose(note) for note in _claim_notes(card, record)]
     return _html("minilib-claims", f"Claims of {escape(card.title)}", CLAIM_COLUMNS, rows, notes)
 
 
@@ -152,7 +162,7 @@ def claims_text(card: Card, record: Mapping[str, Any]) -> str:
 
 def card_html(card: Card) -> str:
     """The card as HTML: the paper, what stands in for what, the claims with their thresholds."""
-    facts = [("idea", escape(card.summary))]
+    facts = [("idea", prose(card.summary))]
     if card.authors:
         year = f" ({card.year})" if card.year else ""
         facts.insert(0, ("paper", f"{escape(card.title)}. {escape(', '.join(card.authors))}{year}"))
@@ -160,15 +170,15 @@ def card_html(card: Card) -> str:
         facts.append(("arXiv", f'<a href="https://arxiv.org/abs/{card.arxiv}">{card.arxiv}</a>'))
     if card.official_code:
         facts.append(("official code", "<br>".join(map(_link, card.official_code))))
-    facts.append(("stands in here", escape(card.stands_in)))
+    facts.append(("stands in here", prose(card.stands_in)))
     for claim in card.claims:
-        text = f"<code>{escape(claim.id)}</code> <small>({claim.kind})</small><br>{escape(claim.statement)}"
+        text = f"<code>{escape(claim.id)}</code> <small>({claim.kind})</small><br>{prose(claim.statement)}"
         aim = (
-            f"Not tried: {escape(claim.not_tried)}"
+            f"Not tried: {prose(claim.not_tried)}"
             if claim.not_tried
             else f"Confirmed if {escape(target(claim))}"
         )
-        metric = f"<br><small>{escape(claim.metric)}</small>" if claim.metric else ""
+        metric = f"<br><small>{prose(claim.metric)}</small>" if claim.metric else ""
         facts.append((f"claim {text}", f"{aim}{metric}"))
     return _html("minilib-card", escape(card.title), (), facts, ())
 

@@ -139,7 +139,7 @@ def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7
 def sigma_to_t(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     """The real-valued timestep whose noise level is ``sigma``, linear in log sigma between the training steps ``sigmas``.
 
-    ``sigmas`` rise with t; but at zero terminal SNR the last one is cut to 4096 (see :mod:`.noising`) and may lie below its neighbours.
+    ``sigmas`` rise with t. But at zero terminal SNR the last one is cut to 4096, and may lie below its neighbours.
     """
     rising = np.minimum.accumulate(sigmas[::-1])[::-1]
     return np.interp(np.log(sigma), np.log(rising), np.arange(len(sigmas)))

@@ -63,26 +63,32 @@ class Network:
         out = {"epsilon": eps, "sample": x0, "v_prediction": a * eps - b * x0}[self.kind]
         if self.channels == 2:
             out = torch.cat([out, self.own[-1 - call % 64].tanh()], dim=1)
-        return out.float()
+        return out
 
 
 def trajectory(
-    scheduler: Any, network: Network, steps: int, bars: list[float], **step_options: Any
+    scheduler: Any,
+    network: Network,
+    steps: int,
+    bars: list[float],
+    dtype: torch.dtype = torch.float32,
+    **step_options: Any,
 ) -> list[tuple[Tensor, float]]:
     """Every sample and every x_0 of a whole run, each with its natural size; ``bars`` are the noise levels of the network.
 
     The size of a state is its largest element, at least 1. Where a step subtracts large numbers to get small ones (x at a large
-    sigma, or x_0 = (x - sigma eps) / alpha), a twentieth of these numbers counts too, from then on: 1e-5 of it is 8 float32 roundings.
+    sigma, or x_0 = (x - sigma eps) / alpha), a twentieth of these numbers counts too, from then on: 1e-5 of it is 8 roundings.
     """
     scheduler.set_timesteps(steps)
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(SHAPE, generator=g) * float(scheduler.init_noise_sigma)
+    x = torch.randn(SHAPE, generator=g).to(dtype) * float(scheduler.init_noise_sigma)
     in_sigma = float(scheduler.init_noise_sigma) != 1.0
     if "generator" in step_options:
         step_options["generator"] = g
     states, size = [], 1.0
     for call, (t, bar, after) in enumerate(zip(scheduler.timesteps, bars, [*bars[1:], 1.0], strict=True)):
-        out = scheduler.step(network(scheduler.scale_model_input(x, t), bar, call), t, x, **step_options)
+        output = network(scheduler.scale_model_input(x, t), bar, call).to(dtype)
+        out = scheduler.step(output, t, x, **step_options)
         large = 0.05 * x.abs().max().item()
         if not in_sigma:
             large = large / bar**0.5 if network.kind == "epsilon" else 0.0
