@@ -149,8 +149,8 @@ def reference(denoise, z, high, low, steps):
 # %% [markdown]
 # The data are a spiral, a mixture of 60 narrow Gaussians, in double precision. Its denoiser is exact. So whatever goes wrong is the sampler's doing.
 #
-# One step, seen closely. All walkers start at the same noisy point and go from $s = 1.2$ to $n = 0.5$. The plain step goes straight towards $x_0$; the exact curve turns towards an arm of the spiral. Heun and 2M change the guess so that the straight line ends nearer to where the curve
-# ends. DDPM is a cloud: one draw of it ends anywhere in there.
+# One step, seen closely. All walkers start at the same noisy point and go from $s = 0.8$ to $n = 0.25$. The plain step goes straight towards $x_0$, the average over all arms that are still possible. But on the way the nearest arm becomes the likely one, so the exact curve turns. Heun and 2M
+# change the guess, so that their straight line ends nearer to where the curve ends. DDPM is a cloud: one draw of it ends anywhere in there.
 
 # %%
 spiral = toy2d("spiral")
@@ -161,28 +161,32 @@ def denoise(z, s):
     return spiral.denoise(z, 1.0, s)
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A spiral in grey and one noisy point outside it. A straight line leads from the point to its guess inside the spiral. Along it lies the end of the plain step. The exact curve bends away from the line. The ends of Heun's and of 2M's step lie closer to its end than the plain step's. A cloud of DDPM's ends surrounds them all."}, "figure": {"caption": "One step from $s = 1.2$ to $n = 0.5$ by four rules, and the exact trajectory. Dotted: from the point to its denoised version.", "name": "fig-samplers-step"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Part of a grey spiral, and a noisy point z outside it. A dotted line leads from z to its guess, which lies inside, between two arms. The plain step ends on this line. The exact curve starts along the line, then turns away towards the nearest arm. Heun and 2M end closer to its end than the plain step does. DDPM ends in a wide cloud."}, "figure": {"caption": "One step from $s = 0.8$ to $n = 0.25$ by four rules, and the exact trajectory. Dotted: from the point to its denoised version $x_0$.", "name": "fig-samplers-step"}}
 g = torch.Generator().manual_seed(0)
-before = torch.tensor([[1.9, 2.6]], dtype=torch.float64)  # at s = 2.5; 2M needs one step more
-point = reference(denoise, before, 2.5, 1.2, 50)
-path = torch.cat([reference(denoise, point, 1.2, 1.2 - 0.7 * i / 20, 20) for i in range(21)])
+before = torch.tensor([[1.25, -4.16]], dtype=torch.float64)  # at s = 2: 2M needs one step more
+point = reference(denoise, before, 2.0, 0.8, 50)
+path = torch.cat([reference(denoise, point, 0.8, 0.8 - 0.55 * i / 20, 20) for i in range(21)])
+x0, x0_before = denoise(point, 0.8), denoise(before, 2.0)
+guess_2m = x0 + math.log(0.8 / 0.25) / (2 * math.log(2.0 / 0.8)) * (x0 - x0_before)
 ends = {
-    "plain step": solve(denoise, point, [1.2, 0.5])[-1],
-    "Heun": solve(denoise, point, [1.2, 0.5], "Heun")[-1],
-    "2M": solve(denoise, before, [2.5, 1.2, 0.5], "2M")[-1] - solve(denoise, before, [2.5, 1.2])[-1] + point,
+    "plain step (DDIM)": solve(denoise, point, [0.8, 0.25])[-1],
+    "Heun": solve(denoise, point, [0.8, 0.25], "Heun")[-1],
+    "2M": guess_2m + 0.25 / 0.8 * (point - guess_2m),
 }
-cloud = solve(denoise, point.expand(300, 2), [1.2, 0.5], eta=1.0, generator=g)[-1]
-fig, ax = plt.subplots(figsize=(5.4, 4.4))
-ax.scatter(*spiral.sample(3000, g).T, s=1, color="0.8")
+cloud = solve(denoise, point.expand(300, 2), [0.8, 0.25], eta=1.0, generator=g)[-1]
+fig, ax = plt.subplots(figsize=(5.4, 4.6))
+ax.scatter(*spiral.sample(6000, g).T, s=1, color="0.8")
 ax.scatter(*cloud.T, s=3, color=PALETTE[3], alpha=0.5, label="DDPM, 300 draws")
-ax.plot(*torch.cat([point, denoise(point, 1.2)]).T, ":", color=PALETTE[6])
-ax.plot(*path.T, color="black", label="exact")
+ax.plot(*torch.cat([point, x0]).T, ":", color=PALETTE[6])
+ax.annotate("$x_0$", x0[0], xytext=(4, 4), textcoords="offset points")
+ax.annotate("$z$", point[0], xytext=(6, -2), textcoords="offset points")
+ax.plot(*path.T, color="black", lw=2, label="exact")
 ax.plot(*point[0], "o", color="black")
-ax.plot(*path[-1], "*", color="black", ms=11)
 for (name, end), color, marker in zip(ends.items(), PALETTE, "sD^", strict=False):
     ax.plot(*end[0], marker, color=color, ms=7, label=name, ls="")
 ax.set(xlabel="first coordinate of $z$", ylabel="second coordinate of $z$", aspect="equal")
-ax.legend(fontsize=9, loc="upper left")
+ax.set(xlim=(-1.4, 0.7), ylim=(-2.4, -0.55), xticks=[-1.2, -0.8, -0.4, 0, 0.4])
+ax.legend(fontsize=9, loc="lower left")
 plt.show()
 
 # %% [markdown]
@@ -320,7 +324,7 @@ dash = {"log-SNR": "-", "Karras": "--", "flow": ":"}
 for (guess, kind), values in errors.items():
     ax.loglog(counts, values, dash[kind], marker="o", ms=4, color=look[guess], label=f"{guess}, {kind}")
 for guess, power in [("first order", 1), ("2M", 2)]:
-    begin = errors[guess, "log-SNR"][0] * 1.6
+    begin = errors[guess, "log-SNR"][0] * (1.6 if power == 1 else 0.6)
     ax.loglog(counts, [begin * (counts[0] / count) ** power for count in counts], color="0.6", lw=0.8)
 ax.set(xlabel="steps", ylabel="median error", xticks=counts, xticklabels=counts)
 ax.minorticks_off()
@@ -387,21 +391,28 @@ start_error = {
     for kind in ("DDIM", "DDPM")
     for spacing in ("leading", "trailing", "linspace")
 }
-forgets = [abs(share - c**2 / (c**2 + level**2)) for key, row in start_error.items() if key[0] == "DDPM" for share, level in row]  # fmt: skip
-remembers = [row[-1][0] / (c / math.hypot(c, row[-1][1])) for key, row in start_error.items() if key[0] == "DDIM"]  # fmt: skip
-fixed = [abs(share_left(kind, spacing, count, **zero_snr)[0]) for kind in ("DDIM", "DDPM") for spacing in ("trailing", "linspace") for count in budgets[:-1]]  # fmt: skip
-run.record("noise-forgets", max(forgets))
-run.record("determinism-remembers", remembers)
-run.record("zero-snr-start", max(fixed))
+ddpm = [pair for (kind, _), row in start_error.items() if kind == "DDPM" for pair in row]
+ddim_long = [row[-1] for (kind, _), row in start_error.items() if kind == "DDIM"]
+run.record("noise-forgets", max(abs(share - c**2 / (c**2 + level**2)) for share, level in ddpm))
+run.record("determinism-remembers", [share / (c / math.hypot(c, level)) for share, level in ddim_long])
+left = [
+    abs(share_left(kind, spacing, count, **zero_snr)[0])
+    for kind in ("DDIM", "DDPM")
+    for spacing in ("trailing", "linspace")
+    for count in budgets[:-1]
+]
+run.record("zero-snr-start", max(left))
+print(f"largest share of the mean missing with zero terminal SNR: {max(left):.0e}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Share of the mean that is missing, against steps, logarithmic. DDIM settles near three percent with trailing spacing, and with leading spacing comes down to the same value from above. DDPM with trailing spacing is a flat line at a tenth of a percent; with leading spacing it starts near DDIM's values at few steps and falls to that line."}, "figure": {"caption": "A wrong start: share of the data's mean that is missing in the samples' mean. Lines: measured. Crosses: closed form. With zero terminal SNR and trailing spacing the share is zero and cannot be drawn here.", "name": "fig-samplers-start"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Share of the mean that is missing, against steps, logarithmic. DDIM settles near three percent: from below with trailing spacing, from above with leading spacing. DDPM with trailing spacing is a flat line at a tenth of a percent; with leading spacing it starts higher and falls to that line. DDPM's lines go through their crosses at every number of steps."}, "figure": {"caption": "A wrong start: share of the data's mean that is missing in the samples' mean. Lines: measured. Crosses: closed form (for DDIM, its limit for many steps). With zero terminal SNR and trailing spacing the share is zero and cannot be drawn here.", "name": "fig-samplers-start"}}
 fig, ax = plt.subplots(figsize=(6, 3.4))
 for (kind, spacing), row in start_error.items():
     if spacing == "linspace":
         continue  # it begins where trailing does
     color = PALETTE[0] if kind == "DDIM" else PALETTE[1]
     share, level = zip(*row, strict=True)
-    ax.loglog(budgets, share, "-" if spacing == "trailing" else "--", marker="o", ms=4, color=color, label=f"{kind}, {spacing}")  # fmt: skip
+    dashes = "-" if spacing == "trailing" else "--"
+    ax.loglog(budgets, share, dashes, marker="o", ms=4, color=color, label=f"{kind}, {spacing}")
     law = [(c / math.hypot(c, y)) ** (1 if kind == "DDIM" else 2) for y in level]
     ax.loglog(budgets, law, "x", color=color, ms=7)
 ax.set(xlabel="steps", ylabel="share of the mean missing")
@@ -413,7 +424,7 @@ plt.show()
 #
 # Two questions, one change at a time.
 #
-# 1. *Same levels, another step.* At equal **model calls**, how far does each sampler end from the end of the exact trajectory through its start? A call is what costs time: Heun's steps count double. Control: the first-order step on the same levels.
+# 1. *Same levels, another step.* At equal **model calls**, how far does each sampler end from the end of the exact trajectory through its start (median over starts, as above)? A call is what costs time: Heun's steps count double. Control: the first-order step on the same levels.
 # 2. *Same step, other levels.* The four habits above.
 #
 # Starts are drawn from the exact noisy distribution at $s_{\max}$, so the start is right. Each seed draws its own. For DDPM, which has no trajectory to follow, we compare distributions: the **sliced Wasserstein distance**, the mean distance between sorted projections of samples and of fresh
@@ -441,7 +452,7 @@ def trial(kind, seed):
         half = [*levels(kind, (calls + 1) // 2), 0.0]  # Heun: two calls a step, one for the last
         for name in ("first order", "Heun", "2M"):
             last = solve(denoise, some, half if name == "Heun" else walk, name)[-1]
-            out[name].append((last - end).norm(dim=1).mean().item())
+            out[name].append((last - end).norm(dim=1).median().item())
         for eta in (0, 0.5, 1) if kind == "log-SNR" else ():
             out[f"eta {eta}"].append(
                 sliced_wasserstein(solve(denoise, z, walk, eta=eta, generator=g)[-1], real)
@@ -459,9 +470,10 @@ def gathered(kind, name):
 # %% [markdown]
 # ## Results
 #
-# The figure to remember: six samplers as they are commonly run, from the same five starts, with 12 calls each (Heun: 11), beside the exact trajectories. For the picture, states are divided by $\sqrt{1 + s^2}$, which keeps the noise in the frame.
+# The figure to remember. To see a trajectory whole, we take data on a *line*, four spots on it, and let noise fall from left to right. Six samplers as they are commonly run, from the same six starts, with 12 calls each (Heun: 11). Nothing happens for a long time; then the density splits, and whoever takes
+# few steps there ends between the spots.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Six panels with a grey spiral, five smooth grey exact trajectories from the outside to the spiral, and a sampler's polygon over each. DDIM and Euler cut the corners and end a little beside the exact ends. Flow matching and 2M end close to them. Heun with so few calls jumps far away before it lands. DDPM zigzags and ends on other parts of the spiral."}, "figure": {"caption": "Six samplers, 12 model calls each, from the same starts. Grey: exact trajectories, ending in stars. In brackets: levels. Below each name: mean distance to the exact ends, over 512 starts.", "name": "fig-samplers-trajectories"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Six panels: noise level falls from left to right, and a grey density splits into four branches near s = 1. Black exact curves run into the branches. DDIM's and Euler's polygons lag behind the splitting curves and some end between branches. Flow matching and 2M follow them closely. Heun with so few calls jumps away. DDPM zigzags and ends in other branches, some of its ends between them."}, "figure": {"caption": "Six samplers, 12 model calls each, from the same starts; data on a line. Grey: density at each noise level. Black: exact trajectories. In brackets: how the levels are spaced. States are divided by $\\sqrt{1 + s^2}$, the standard deviation for data of unit variance.", "name": "fig-samplers-trajectories"}}
 habits = {
     "DDPM": ("training time", {"eta": 1.0, "generator": torch.Generator().manual_seed(7)}),
     "DDIM": ("training time", {}),
@@ -470,41 +482,39 @@ habits = {
     "DPM-Solver++ 2M": ("log-SNR", {"guess": "2M"}),
     "flow matching": ("flow", {}),
 }
-begin = torch.tensor([[0.6, 1.9], [-1.7, 0.9], [-1.2, -1.5], [0.5, -1.2], [1.9, -0.4]]).double() * s_max
-fine = levels("log-SNR", 300)
-exact = [
-    state / math.hypot(1, level) for state, level in zip(solve(denoise, begin, fine, "2M"), fine, strict=True)
-]
-backdrop = spiral.sample(2500, torch.Generator().manual_seed(8))
-fig, axes = plt.subplots(2, 3, figsize=(7, 5), sharex=True, sharey=True)
+means = torch.tensor([[-1.6], [-0.5], [0.3], [1.5]], dtype=torch.float64)
+stds = torch.tensor([0.1, 0.06, 0.06, 0.12], dtype=torch.float64)
+line = GaussianMixture(means, stds, torch.tensor([0.3, 0.2, 0.15, 0.35], dtype=torch.float64))
+start = s_max * torch.tensor([-1.5, -0.75, -0.2, 0.2, 0.6, 1.3], dtype=torch.float64)[:, None]
+noise, height = levels("log-SNR", 160), torch.linspace(-2.6, 2.6, 201).double()
+density = torch.stack([line.log_prob(height[:, None] * math.hypot(1, n), 1.0, n) for n in noise], dim=1)
+density = (density - density.max(dim=0).values).exp()  # each level on its own scale
+fig, axes = plt.subplots(2, 3, figsize=(7, 4.8), sharex=True, sharey=True, layout="constrained")
 for ax, (name, (kind, how)) in zip(axes.flat, habits.items(), strict=True):
-    walk = [*levels(kind, 6 if name == "EDM Heun" else 12), 0.0]
-    lines = torch.stack(
-        [
-            state / math.hypot(1, level)
-            for state, level in zip(solve(denoise, begin, walk, **how), walk, strict=True)
-        ]
-    )
-    ax.scatter(*backdrop.T, s=0.6, color="0.85")
-    for i in range(5):
-        ax.plot(*torch.stack(exact)[:, i].T, color="0.45", lw=1.2)
-        ax.plot(*exact[-1][i], "*", color="0.25", ms=7)
-        ax.plot(*lines[:, i].T, color=PALETTE[i], lw=1, marker="o", ms=2.5)
+    ax.pcolormesh(noise, height, density, cmap="Greys", vmin=0, vmax=1.3, rasterized=True)
+    steps = [*levels(kind, 6 if name == "EDM Heun" else 12), 0.0]
+    exact = (noise, {"guess": "2M"}, {"color": "black", "lw": 0.8})
+    sampler = (steps, how, {"marker": "o", "ms": 2.5})
+    for walk, rule, drawn in (exact, sampler):
+        states = torch.cat(solve(lambda z, n: line.denoise(z, 1.0, n), start, walk, **rule), dim=1)
+        at = torch.tensor([max(n, 0.006) for n in walk])  # s = 0 has no place on a logarithmic axis
+        ax.set_prop_cycle(color=PALETTE)
+        ax.plot(at, (states / (1 + at**2).sqrt()).T, **drawn)
     ax.set_title(f"{name}\n({kind})", fontsize=10)
-    ax.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal")
-fig.supxlabel("first coordinate, $z / \\sqrt{1 + s^2}$", fontsize=10)
-fig.supylabel("second coordinate", fontsize=10)
-fig.tight_layout()
+    ax.set(xscale="log", xlim=(s_max, 0.006), ylim=(-2.6, 2.6))
+    ax.grid(False)
+fig.supxlabel("noise level $s$, falling", fontsize=10)
+fig.supylabel("state, $z / \sqrt{1 + s^2}$", fontsize=10)
 plt.show()
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four panels, one for each kind of levels: distance to the exact end against model calls, both logarithmic. The first-order step falls slowly and steadily. 2M starts at or below it and falls faster. Heun starts far above both at few calls and falls steeply, crossing the first-order line at some tens of calls."}, "figure": {"caption": "Mean distance to the exact trajectory's end against model calls, for four kinds of levels. Bands: 90 % intervals over starts.", "name": "fig-samplers-calls"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four panels, one for each kind of levels: distance to the exact end against model calls, both logarithmic. The first-order step falls slowly and steadily. 2M falls faster; at few calls it is below it for levels even in log-SNR and above it for levels even in training time. Heun starts far above both at few calls and falls steeply, crossing the first-order line at some tens of calls."}, "figure": {"caption": "Median distance to the exact trajectory's end against model calls, for four kinds of levels. Bands: 90 % intervals over seeds, each with its own starts.", "name": "fig-samplers-calls"}}
 fig, axes = plt.subplots(1, 4, figsize=(7, 3), sharey=True, layout="constrained")
 for ax, kind in zip(axes, kinds, strict=True):
     for name, color in look.items():
         curve(ax, s.calls, gathered(kind, name), name, color)
     ax.set(xscale="log", yscale="log", title=kind, xticks=(5, 10, 20, 50), xticklabels=(5, 10, 20, 50))
     ax.minorticks_off()
-axes[0].set_ylabel("mean distance to the exact end")
+axes[0].set_ylabel("median distance to the exact end")
 fig.supxlabel("model calls", fontsize=10)
 fig.legend(*axes[0].get_legend_handles_labels(), ncol=3, loc="outside upper center", fontsize=9)
 plt.show()
@@ -517,7 +527,7 @@ run.record("levels-matter", even["first order"][:, ten] / gathered("flow", "firs
 run.record("heun-too-early", (even["Heun"] / even["first order"])[:, ten])
 run.record("heun-later", (even["first order"] / even["Heun"])[:, fifty])
 run.record("noise-hurts-few", (even["eta 1"] / even["eta 0"])[:, ten])
-print("mean distance to the exact end at 10 calls")
+print("median distance to the exact end at 10 calls")
 for kind in kinds:
     values = (f"{name} {gathered(kind, name)[:, ten].mean():.3f}" for name in look)
     print(f"  {kind:14s}", *values, sep="   ")
@@ -538,13 +548,14 @@ plt.show()
 run.report()
 
 # %% [markdown]
-# **The levels matter as much as the step.** {numref}`fig-samplers-calls` shows the same three steps on four kinds of levels. The plain step on flow matching's levels does what takes a better step elsewhere. Those levels spend few calls at high noise, where the trajectory is nearly straight, and more where
-# arms are chosen. So part of what is credited to straight paths at sampling time is a choice of levels, and DDIM can have it too.
+# **The levels matter as much as the step.** {numref}`fig-samplers-calls` shows the same three steps on four kinds of levels. At few calls, the plain step on flow matching's levels does about as well as a better step elsewhere. Those levels spend few calls at high noise, where the guess hardly changes, and more
+# where arms are chosen. So part of what is credited to straight paths at sampling time is a choice of levels, and DDIM can have it too.
 #
-# **Order pays once steps are small enough.** Heun's guess divides the change of the denoiser by $2r$. If noise falls tenfold in a step, $r$ is 0.1, and the correction overshoots. So a method of order 2 can be much worse than one of order 1 when calls are few. 2M extrapolates less wildly and needs no second call. It is also not safe on all levels:
-# compare its line on Karras' levels at the left end.
+# **Order pays once steps are small enough.** Heun's guess divides the change of the denoiser by $2r$. If noise falls tenfold in a step, $r$ is 0.1, and the correction overshoots. So a method of order 2 can be much worse than one of order 1 when calls are few. 2M extrapolates less wildly and needs no second call. It is not safe on all levels either:
+# on levels even in training time the last step but one is very long, since much of the log-SNR lies in the last few training steps.
 #
-# **Noise costs calls, and repairs.** With a perfect denoiser and a right start, noise has nothing to repair, and at few calls DDPM is worse. We found no number of calls at which it is better; both reach the floor. But {numref}`fig-samplers-start` shows what noise is good for: DDPM forgets an error of the start that DDIM carries to the end.
+# **Noise costs calls, and repairs.** With a perfect denoiser and a right start, noise has nothing to repair, and at few calls it only adds error ({numref}`fig-samplers-eta`). At many calls all three are near the floor, where this measure cannot tell them apart. But {numref}`fig-samplers-start` shows what noise is
+# good for: DDPM forgets an error of the start that DDIM carries to the end.
 # A network makes errors at every step, and there {cite:t}`karras2022elucidating` find some noise useful.
 #
 # ## What this does not show
@@ -569,13 +580,13 @@ z = s_max * torch.randn(128, 2, generator=torch.Generator().manual_seed(9), dtyp
 end = denoise(reference(denoise, z, s_max, 1e-3, s.fine), 1e-3)
 for rho in (1, 2, 3, 5, 7, 15, 100):
     walk = [*schedulers.karras_sigmas(s_min, s_max, 10, rho=rho).tolist(), 0.0]
-    off = (solve(denoise, z, walk)[-1] - end).norm(dim=1).mean()
-    print(f"rho = {rho:3d}: mean distance {off:.3f}")
+    off = (solve(denoise, z, walk)[-1] - end).norm(dim=1).median()
+    print(f"rho = {rho:3d}: median distance {off:.3f}")
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Solution 2", "code_prompt_hide": "Solution 2"}
 # Brightness times k is the image's component along the unit vector (1, ..., 1) / k; noise has variance 1 along any unit vector.
 # If brightness has standard deviation 0.3 over the data set, c = 0.3 k. The share kept grows with the image, towards 1:
-# with s_T = 14.6 (latent diffusion), large images keep most of the start's grey. This is why only large images look too grey.
+# with s_T = 14.6 (latent diffusion), large images keep most of the start's grey. One reason why the grey shows in large images.
 for side in (8, 32, 64, 128):
     print(
         f"{side:3d} x {side}: share of a wrong brightness kept {0.3 * side / math.hypot(0.3 * side, 14.6):.2f}"
