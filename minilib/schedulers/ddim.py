@@ -45,7 +45,7 @@ class DDIMScheduler(TransitionScheduler):
         timestep: Timestep,
         sample: Float[Tensor, "*shape"],
         eta: float = 0.0,
-        use_clipped_model_output: bool = False,
+        use_clipped_model_output: bool | None = False,
         generator: Generators = None,
         variance_noise: Float[Tensor, "*shape"] | None = None,
         return_dict: bool = True,

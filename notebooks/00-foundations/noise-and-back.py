@@ -195,7 +195,7 @@ plt.show()
 # %%
 rescaled = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").alphas_cumprod
 kept = (rescaled[0] - DDIMScheduler().alphas_cumprod[0]).abs().item()
-run.record("zero-snr", [rescaled[-1].item(), kept])
+run.record("zero-snr", [alphas_cumprod["linear, zero terminal SNR"][-1].item(), rescaled[-1].item(), kept])
 print(f"last alphas_cumprod: linear {alphas_cumprod['linear'][-1]:.1e}, rescaled {rescaled[-1].item()}")
 
 # %% [markdown]

@@ -541,7 +541,7 @@ ax.axhline(gathered("log-SNR", "floor").mean(), color=PALETTE[6], ls=":", label=
 ax.set(xscale="log", yscale="log", xlabel="model calls", ylabel="sliced Wasserstein distance")
 ax.set(xticks=(5, 10, 20, 50), xticklabels=(5, 10, 20, 50))
 ax.minorticks_off()
-ax.legend(fontsize=9)
+ax.legend(fontsize=9, loc="upper right")
 plt.show()
 
 # %%

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-import minilib.schedulers as S
+from .plain import S
 
 DIFFUSERS = importlib.metadata.version("diffusers")
 SHAPE = (2, 3, 4, 4)

@@ -8,6 +8,7 @@ import torch
 import minilib.schedulers as S
 
 from .oracles import CHECKS, F64, Gaussian, alpha_bar_reference, assert_close
+from .plain import S as plain
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -44,7 +45,7 @@ def test_many_steps_reach_the_probability_flow_solution(name: str) -> None:
     """x_0 = mu + s (x_T - a mu) / sqrt(a^2 s^2 + sigma^2): the exact flow of Gaussian data."""
     data = Gaussian()
     extra = {"clip_sample": False} if name in ("DDIMScheduler", "HeunDiscreteScheduler") else {}
-    s = getattr(S, name)(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", **extra)
+    s = getattr(plain, name)(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", **extra)
     bar = alpha_bar_reference("linear", 1000)[-1]
     a, b = math.sqrt(bar), math.sqrt(1 - bar)
     edm = name.startswith(("Euler", "Heun"))
@@ -68,7 +69,7 @@ def test_finite_data_set_is_reached_in_order(name: str) -> None:
         return (x - a * x0) / b
 
     extra = {"clip_sample": False} if name in ("DDIMScheduler", "HeunDiscreteScheduler") else {}
-    s = getattr(S, name)(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", **extra)
+    s = getattr(plain, name)(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", **extra)
     quantile = torch.tensor([0.05, 0.2, 0.3, 0.36, 0.5, 0.63, 0.7, 0.95], dtype=F64)
     noise = torch.special.ndtri(quantile).view(-1, 1, 1, 1)
     expected = points[(quantile * 3).long()].view(-1, 1, 1, 1)

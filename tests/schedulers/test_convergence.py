@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import minilib.schedulers as S
-
 from .oracles import F64, Gaussian, assert_close
+from .plain import S
 
 WEIGHT, MEAN, STD = (
     torch.tensor(v, dtype=F64).view(3, 1) for v in ([0.3, 0.5, 0.2], [-1.5, 0.2, 1.4], [0.4, 0.3, 0.5])

@@ -15,8 +15,8 @@ CASES = [
     ("logit_normal", {"mean": 0.5, "std": 0.6}),
     ("mode", {"scale": 0.0}),
     ("mode", {"scale": 1.29}),
-    ("mode", {"scale": 1.75}),
-    ("mode", {"scale": -1.0}),
+    ("mode", {"scale": 1.6}),
+    ("mode", {"scale": -0.75}),
     ("cosmap", {}),
 ]
 
