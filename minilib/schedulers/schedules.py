@@ -107,9 +107,9 @@ def spaced_timesteps(
                 f"leading spacing has no room for {steps} levels among {last} timesteps; take fewer steps"
             )
         return np.arange(steps - 1, -1, -1) * float(last // steps) + steps_offset
-    # An integer count: a float stop, as in np.arange(T, 0, -T / steps), gives one step too many for 62 of the first 1000 counts.
+    # np.arange to a float stop has one element too many for 62 of the first 1000 step counts: count in integers.
     count = -(-last * steps // num_train_timesteps)
-    return np.round(last - np.arange(count) * num_train_timesteps / steps) - 1
+    return np.round(np.arange(last, 0, -num_train_timesteps / steps)[:count]) - 1
 
 
 def integer_timesteps(spaced: np.ndarray, num_train_timesteps: int) -> Int64[Tensor, " n"]:

@@ -73,7 +73,7 @@ run = Reproduction(
     profile,
     {
         "smoke": Settings((0,), 40, 20, (0, 20, 40), 20, 20),
-        "cpu": Settings((0, 1, 2), 2000, 600, (0, 200, 400, 600, 800, 1200, 2000), 100, 200),
+        "cpu": Settings((0, 1, 2), 1800, 500, (0, 200, 400, 600, 800, 1200, 1800), 100, 200),
         "gpu": Settings(
             (0, 1, 2, 3, 4), 6000, 1500, (0, 200, 400, 800, 1500, 3000, 6000), 100, 300, 128, 12, 1e-3
         ),
@@ -127,8 +127,10 @@ fig, ax = plt.subplots(figsize=(6.4, 4.8))
 
 
 def box(x, y, text, color):
-    patch = plt.Rectangle((x - 0.8, y - 0.33), 1.6, 0.66, fc=color, ec="none")
-    ax.add_patch(plt.Circle((x, y), 0.3, fc=color) if text == "+" else patch)
+    if text == "+":
+        ax.plot(x, y, "o", ms=19, color=color)
+    else:
+        ax.add_patch(plt.Rectangle((x - 0.75, y - 0.36), 1.5, 0.72, fc=color, ec="none"))
     ax.text(x, y, text, ha="center", va="center", color="white")
 
 
@@ -143,18 +145,18 @@ def line(points, color):
 
 
 for i, text in enumerate(stack):
-    line([(4, i - 0.8), (4, i - 0.75), (4, i - 0.33)], grey)
+    line([(4, i - 0.64), (4, i - 0.6), (4, i - 0.36)], grey)
     box(4, i, text, {"+": grey, "scale, shift": orange, "gate": orange}.get(text, blue))
     if i in vectors:
-        line([(1, 4.5), (1.7, 4.5), (1.7, i), (3.2, i)], orange)
+        line([(0.95, 4.5), (1.7, 4.5), (1.7, i), (3.25, i)], orange)
         ax.text(2.45, i + 0.12, vectors[i], ha="center", va="bottom", color=orange)
 for start, end in ((-0.62, 4), (4.55, 9)):
-    line([(4, start), (5.3, start), (5.3, end), (4.3, end)], grey)
+    line([(4, start), (5.3, start), (5.3, end), (4.17, end)], grey)
 ax.text(4, -1.05, "tokens $h$: (b, n, d)", ha="center", va="center")
 box(0.2, 4.5, "SiLU, linear", orange)
 line([(0.2, 3.2), (0.2, 3.3), (0.2, 4.17)], orange)
-ax.text(0.2, 2.9, "$c$ = time + label: (b, d)", ha="center", va="center")
-ax.set(xlim=(-1.5, 5.6), ylim=(-1.4, 9.4), aspect="equal")
+ax.text(-0.7, 2.9, "$c$ = time + label: (b, d)", ha="left", va="center")
+ax.set(xlim=(-1.0, 5.5), ylim=(-1.4, 9.5))
 ax.axis("off")
 plt.show()
 
@@ -394,7 +396,7 @@ run.record("published-cost", macs["DiT-XL/2"])
 #
 # ## The experiment
 #
-# We train on 1,248 real digits, by flow matching: with $s = t / 1000$ and $x_t = (1 - s)\, x_0 + s\, \epsilon$, the network learns the velocity $\epsilon - x_0$ (see {doc}`/conventions`). Times are drawn from a logit-normal density,
+# We train on 1,248 real digits, by flow matching: with $\sigma = t / 1000$ and $x_t = (1 - \sigma)\, x_0 + \sigma\, \epsilon$, the network learns the velocity $\epsilon - x_0$ (see {doc}`/conventions`). Times are drawn from a logit-normal density,
 # which prefers the middle. We sample from an exponential moving average (EMA) of the weights, with Euler's method.
 #
 # Five arms. All have the same blocks, the same number of operations, the same data order and noise. They differ in what the weights are at step 0, or in the positions:

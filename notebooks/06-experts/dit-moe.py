@@ -63,7 +63,7 @@ from minilib.training import FitConfig, fit
 
 @dataclass(frozen=True)
 class Settings:
-    """``probe``: held-out images on which routing is recorded. ``renormalised``: train that variant as well."""
+    """``probe``: images on which routing is recorded. ``renormalised``: train that arm too."""
 
     seeds: tuple[int, ...]
     steps: int
@@ -85,12 +85,12 @@ run = Reproduction(
         "smoke": Settings(
             (0,), 25, hidden_size=32, samples=50, sampling_steps=4, probe=60, renormalised=True
         ),
-        "cpu": Settings((0, 1, 2), 480),
+        "cpu": Settings((0, 1, 2), 420),
         "gpu": Settings(
             (0, 1, 2, 3, 4),
-            3000,
-            64,
-            1.5e-3,
+            steps=3000,
+            batch_size=64,
+            lr=1.5e-3,
             hidden_size=128,
             depth=6,
             samples=368,
@@ -111,7 +111,7 @@ run.show_card()
 # In a transformer block the feed-forward network holds twice the weights of attention. It treats each token alone, so nothing forces all tokens through the same one. A sky patch and an eye patch, or
 # a patch that is almost pure noise and one that is nearly clean, may well want different networks.
 #
-# Call the token $x \in \mathbb{R}^D$ and the experts $E_1, \dots, E_E$. A gate with one weight matrix $W$ turns the token into probabilities, one an expert. The $k$ largest are kept, the set
+# Call the token $x \in \mathbb{R}^D$. There are $E$ experts; write $E_i(x)$ for the output of the $i$-th. A gate with one weight matrix $W$ turns the token into probabilities, one an expert. The $k$ largest are kept, the set
 # $\mathcal{T}(x)$, and only those experts run:
 #
 # $$
@@ -124,8 +124,8 @@ run.show_card()
 # - **A shared expert** $S$ sees every token. It holds what all tokens need, so that the others need not learn it again and again. It is small.
 # - **The gate learns through** $p_i$ **alone.** Which experts are picked is a hard choice without a gradient; how strongly a picked expert speaks is not.
 #
-# The last point has a danger in it. An expert that is picked gets trained, becomes better, and is picked more often. Left alone, a few experts may take all the tokens. So a second loss pulls the load
-# apart:
+# The last point has a danger in it. An expert that is picked gets trained, becomes better, and is picked more often. Left alone, a few experts may take all the tokens. So a second loss spreads the
+# load:
 #
 # $$
 # L_\text{balance} = \alpha \sum_{i=1}^{E} P_i f_i
@@ -201,16 +201,8 @@ torch.manual_seed(0)
 layer = MoEFeedForward(64, 256, num_experts=8, k=2).double()
 x = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 y, p, chosen = moe_layer(x, layer.gate.weight, layer.experts, layer.shared, k=2)
-print(
-    "tokens",
-    tuple(x.shape),
-    "-> probabilities",
-    tuple(p.shape),
-    "chosen",
-    tuple(chosen.shape),
-    "output",
-    tuple(y.shape),
-)
+for name, value in {"tokens": x, "probabilities": p, "chosen": chosen, "output": y}.items():
+    print(f"{name:24s}", tuple(value.shape))
 
 gaps = {}
 for dispatch in ("sparse", "dense"):
@@ -247,7 +239,7 @@ for E in (4, 8, 16):
         abs(work[E] - (2 * 12 * D**2 + 6 * D**2 + E * D)),
         abs(held - (E * 12 * D**2 + 6 * D**2 + E * D)),
     ]
-    print(f"{E:2d} experts: {held:7,} weights, a token meets {work[E]:9,.1f} of them")
+    print(f"{E:2d} experts: {held:7,} weights, a token meets {work[E]:7,.0f} of them")
 run.record("structure", max(differences))
 run.record("gate-cost", work[16] / work[4] - 1)
 
@@ -259,7 +251,7 @@ run.record("gate-cost", work[16] / work[4] - 1)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-TABLE_1 = {  # parameters, active parameters, Gflops, and what the last digit printed is worth
+TABLE_1 = {  # parameters, active ones, Gflops, worth of the last digit of the first two
     "S/2-8E2A": (199e6, 71e6, 15.43, 1e6),
     "S/2-16E2A": (369e6, 71e6, 15.44, 1e6),
     "B/2-8E2A": (795e6, 286e6, 61.68, 1e6),
@@ -386,10 +378,14 @@ device = str(run.device)
 
 
 def study(arm, seed):
-    """Train one arm; returns the averaged model, its held-out loss, the load of its experts and its samples."""
+    """Train one arm; returns the averaged model, its loss, load and samples."""
     options, alpha = arm
     torch.manual_seed(seed)
-    batches = class_batches(train.x, train.y, lambda n, g: 1000 * LogitNormal().sample(n, g), null_class=10)
+
+    def times(n, generator):
+        return 1000 * LogitNormal().sample(n, generator)
+
+    batches = class_batches(train.x, train.y, times, null_class=10)
     config = FitConfig(steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=50, ema_decay=0.98, seed=seed)
     model = fit(build(options), training_loss(alpha), batches, config, device=device).ema
     labels = test.y[: s.samples].to(device)
@@ -477,19 +473,21 @@ plt.show()
 #
 # ### Balance
 #
-# Both mixtures start from the same weights. {numref}`fig-dit-moe-load` sorts the experts of each layer by how many tokens they get on the held-out questions.
+# Both mixtures start from the same weights, and a random gate is far from even: the tokens of an image have much in common, and so do their favourite experts. {numref}`fig-dit-moe-load` sorts the
+# experts of each layer by how many tokens they get on held-out images.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "One panel a layer: load of the 8 experts, sorted. With the balance loss the curve is nearly flat at 1; without it, it falls steeply from several times the uniform load to near zero."}, "figure": {"caption": "Load of the experts, sorted, over the uniform load. Bands: 90 % intervals over seeds.", "name": "fig-dit-moe-load"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "One panel a layer: load of the 8 experts, sorted. With the balance loss the curve is nearly flat at 1. Without it, and before training, it falls steeply from two to four times the uniform load to far below 1."}, "figure": {"caption": "Load of the experts, sorted, over the uniform load. Bands: 90 % intervals over seeds.", "name": "fig-dit-moe-load"}}
 loads = {name: torch.stack([r["load"] for r in results[name]]) for name in ("MoE", "MoE, no balance loss")}
+loads["before training"] = torch.stack([8 * F.one_hot(r.flatten(1), 8).float().mean(1) for r in untrained])
 fig, axes = plt.subplots(1, s.depth, figsize=(7, 2.7), sharey=True, layout="constrained")
 for layer, ax in enumerate(axes):
-    for (name, load_), colour, marker in zip(loads.items(), plotting.PALETTE, "os", strict=False):
+    for (name, load_), colour, marker in zip(loads.items(), plotting.PALETTE, "osD", strict=False):
         ranked = load_[:, layer].sort(dim=-1, descending=True).values
         plotting.curve(ax, range(1, 9), ranked, name, colour, marker)
     ax.axhline(1, color="k", ls="--", lw=1)
     ax.set(title=f"layer {layer + 1}", xlabel="expert, by rank", xticks=(1, 4, 8), ylim=(0, None))
 axes[0].set_ylabel("load / uniform load")
-fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 plt.show()
 
 # %%
@@ -661,12 +659,14 @@ plt.show()
 run.report()
 
 # %% [markdown]
-# **What held.** The arithmetic holds to the last weight: more experts, same work. The balance loss does what it is for. Without it the same model leaves experts idle within a few hundred steps; with it the load is nearly
-# uniform, and {numref}`fig-dit-moe-cost` shows what that is worth in loss. At equal work per token the mixture keeps up with the dense control. Position decides most of the routing, and noise level matters less
-# with depth.
+# **What held.** The arithmetic holds to the last weight: more experts, same work. The balance loss does what it is for. Without it, the unevenness of the random start stays; with it, little of it is
+# left after a few hundred steps. In loss this matters much less: compare the two mixtures in {numref}`fig-dit-moe-cost`. At equal work per token the mixture keeps up with the dense control. Position decides most of the
+# routing.
 #
-# **What to doubt.** The paper's "prefers time, indifferent to class" does not carry over as it stands: read the line *time over class* of the table, and {numref}`fig-dit-moe-information`. Nor does "concentrated in early steps": in
-# {numref}`fig-dit-moe-entropy` both ends of the way are more concentrated than the middle, the clean end at least as much as the noisy one.
+# **What to doubt.** The paper's "prefers time, indifferent to class" does not carry over as it stands: read the line *time over class* of the table, and {numref}`fig-dit-moe-information`. Nor does "concentrated in
+# early steps": in
+# {numref}`fig-dit-moe-entropy` both ends of the way are more concentrated than the middle, the clean end about as much as the noisy one. That the noise level matters less with depth shows on average; single layers and seeds
+# stray from it.
 #
 # ## What this does not show
 #
@@ -687,8 +687,8 @@ run.report()
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Solution 1", "code_prompt_hide": "Solution 1"}
 # All experts are equal, so the layer's output is (sum of the kept weights) times the parent's. A fresh gate with weights of
-# standard deviation 0.02 is nearly uniform: the sum is a little above k / E = 1/4. The block loses three quarters of its
-# feed-forward network at once, and the outputs move far from the parent's. Training has to win that back.
+# standard deviation 0.02 is nearly uniform: the sum is a little above k / E = 1/4. Each block loses most of its
+# feed-forward network at once, and the model's outputs move away from the parent's. Training has to win that back.
 plain = upcycle_moe(parent, num_experts=8, k=2, renormalize=False, generator=torch.Generator().manual_seed(0))
 h = torch.randn(100, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 with torch.no_grad():

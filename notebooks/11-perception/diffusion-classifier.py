@@ -54,23 +54,24 @@ class Settings:
     sets: tuple[int, ...]  # the seeds: each has test digits of its own, and noise of its own
     per_class: int  # test digits of each class in a set
     evaluations: int  # timesteps a class in a full evaluation
-    few: int  # timesteps a class where noise is drawn for each class, and for blurred and noisy digits
+    few: int  # timesteps a class for the other arms
+    every: int  # spoilt digits: every n-th digit of a set
+    draws: int  # draws of noise to measure the spread with
     validation_per_class: int  # digits that choose the best single timestep
-    every: int  # blurred and noisy: every n-th digit of a set
-    synthetic: tuple[int, int]  # samples for the generate-then-train baseline: groups, samples a group
+    synthetic: tuple[int, int]  # samples to train on: groups, samples a group
     sampling_steps: int
-    training_steps: int  # of the two small classifiers
+    training_steps: int  # of the two small networks
     batch: int
-    jobs: int
+    jobs: int  # processes
 
 
 run = Reproduction(
     "diffusion-classifier",
     profile,
     {
-        "smoke": Settings((0, 1), 1, 10, 2, 1, 1, (1, 40), 4, 20, 100, 1),
-        "cpu": Settings((0, 1, 2, 3, 4, 5), 2, 50, 10, 4, 2, (10, 60), 20, 300, 100, 2),
-        "gpu": Settings((0, 1, 2, 3, 4, 5), 6, 250, 10, 18, 1, (5, 1000), 50, 600, 3600, 1),
+        "smoke": Settings((0, 1), 1, 10, 2, 1, 2, 1, (1, 20), 4, 20, 100, 1),
+        "cpu": Settings((0, 1, 2, 3, 4, 5), 2, 50, 10, 2, 6, 4, (10, 60), 20, 300, 100, 2),
+        "gpu": Settings((0, 1, 2, 3, 4, 5), 6, 250, 10, 1, 50, 18, (5, 1000), 50, 600, 3600, 1),
     },
 )
 s = run.settings

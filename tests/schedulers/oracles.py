@@ -123,16 +123,20 @@ def check_ddim_eta(S: ModuleType) -> None:
 
 
 def ddpm_moments(
-    S: ModuleType, mu: float, s: float, v: float | None = None, **options: object
+    S: ModuleType,
+    mu: float,
+    s: float,
+    variance_type: str = "fixed_small",
+    v: float = 0.0,
+    spacing: str = "leading",
 ) -> tuple[list, list]:
-    """Mean and variance of the ancestral chain on data N(mu, s^2), carried through the affine steps without any sampling."""
-    learned = v is not None
-    sampler = S.DDPMScheduler(
-        clip_sample=False, variance_type="learned_range" if learned else "fixed_small", **options
-    )
-    sampler.set_timesteps(50)
-    bars = alpha_bar_reference("linear", 1000)
-    table = table_reference(options.get("timestep_spacing", "leading"), 50, 1000)
+    """Mean, variance and noise of the ancestral chain on data N(mu, s^2), carried through its affine steps without sampling.
+
+    ``v`` is the second half of the network's output, for learned_range. The second list holds the exact marginals.
+    """
+    sampler = S.DDPMScheduler(clip_sample=False, variance_type=variance_type, timestep_spacing=spacing)
+    sampler.set_timesteps(20)
+    bars, table = alpha_bar_reference("linear", 1000), table_reference(spacing, 20, 1000)
     top = bars[table[0]]
     mean, variance, got = math.sqrt(top) * mu, top * s**2 + 1 - top, []
     for t in table:
@@ -141,11 +145,12 @@ def ddpm_moments(
         def step(x: float, z: float, t: int = t, a: float = a, b: float = b) -> float:
             x_ = torch.full((1, 1, 1, 1), x, dtype=F64)
             eps = b * (x_ - a * mu) / (a * a * s * s + b * b)
-            out = torch.cat([eps, torch.full_like(eps, v)], 1) if learned else eps
+            out = torch.cat([eps, torch.full_like(eps, v)], 1) if variance_type == "learned_range" else eps
             return sampler.step(out, t, x_, variance_noise=torch.full_like(x_, z)).prev_sample.item()
 
-        slope, std = step(1.0, 0.0) - step(0.0, 0.0), step(0.0, 1.0) - step(0.0, 0.0)
-        mean, variance = step(mean, 0.0), slope**2 * variance + std**2
+        at_0 = step(0.0, 0.0)
+        slope, std = step(1.0, 0.0) - at_0, step(0.0, 1.0) - at_0
+        mean, variance = at_0 + slope * mean, slope**2 * variance + std**2
         got.append((mean, variance, std))
     levels = [*bars[table[1:]], 1.0]
     return got, [(math.sqrt(bar) * mu, bar * s**2 + 1 - bar) for bar in levels]
@@ -153,12 +158,18 @@ def ddpm_moments(
 
 def check_ddpm(S: ModuleType) -> None:
     """One point with the small variance, and N(mu, 1) with the large one, keep the exact marginal at every level."""
+    small, large = ("fixed_small", 0.0), ("fixed_large", 0.0)
     for spacing in ("leading", "trailing"):
-        for v, s in ((None, 0.0), (-1.0, 0.0), (1.0, 1.0)):
-            got, expected = ddpm_moments(S, 0.7, s, v, timestep_spacing=spacing)
+        for (kind, v), s in (
+            (small, 0.0),
+            (("learned_range", -1.0), 0.0),
+            (large, 1.0),
+            (("learned_range", 1.0), 1.0),
+        ):
+            got, expected = ddpm_moments(S, 0.7, s, kind, v, spacing)
             for (mean, variance, _), (m, var) in zip(got[:-1], expected[:-1], strict=True):
                 assert abs(mean - m) < 1e-9 and abs(variance - var) < 1e-9, (
-                    f"marginal {spacing} v={v}: {variance} {var}"
+                    f"marginal {spacing} {kind}: {variance} {var}"
                 )
             assert got[-1][2] == 0.0, "noise in the last step"
             assert abs(got[-1][0] - 0.7) < 1e-9
@@ -167,8 +178,8 @@ def check_ddpm(S: ModuleType) -> None:
 def check_ddpm_recursion(S: ModuleType) -> None:
     """Data N(mu, s^2), small variance: each step's slope and noise as Bayes' rule gives them."""
     mu, s, bars = 0.3, 0.5, alpha_bar_reference("linear", 1000)
-    got, _ = ddpm_moments(S, mu, s, timestep_spacing="linspace")
-    table = table_reference("linspace", 50, 1000)
+    got, _ = ddpm_moments(S, mu, s, spacing="linspace")
+    table = table_reference("linspace", 20, 1000)
     mean, variance = math.sqrt(bars[999]) * mu, bars[999] * s**2 + 1 - bars[999]
     for t, before, (m, var, std) in zip(table[:-1], table[1:], got, strict=False):
         ratio, noise = bars[t] / bars[before], 1 - bars[t] / bars[before]

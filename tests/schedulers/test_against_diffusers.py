@@ -20,6 +20,9 @@ from .peers import (
     trajectory,
 )
 
+# numpy 2 warns of how diffusers turns its tables into arrays
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 TOLERANCE = 1e-5
 OWN_ROUNDING = 5e-4
 VP = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
@@ -139,7 +142,7 @@ def test_dpmsolver_karras_and_clipped_lambda(schedule: str, prediction: str, ste
 @pytest.mark.parametrize(("schedule", "spacing", "prediction"), grid(SCHEDULES, SPACINGS, PREDICTIONS))
 @pytest.mark.parametrize("zero", [False, True])
 def test_euler(schedule: str, spacing: str, prediction: str, zero: bool) -> None:
-    for steps, karras, final, churn in grid((5, 7, 20), (False, True), ("zero", "sigma_min"), (0.0, 3.0)):
+    for steps, karras, final, churn in grid((4, 15), (False, True), ("zero", "sigma_min"), (0.0, 3.0)):
         compare(
             "EulerDiscreteScheduler", steps, prediction,
             {"s_churn": churn, "s_tmin": 0.06, "s_tmax": 50.0, "s_noise": 1.01, "generator": None},
@@ -151,7 +154,7 @@ def test_euler(schedule: str, spacing: str, prediction: str, zero: bool) -> None
 
 @pytest.mark.parametrize(("schedule", "spacing", "prediction"), grid(SCHEDULES, SPACINGS, PREDICTIONS))
 def test_heun(schedule: str, spacing: str, prediction: str) -> None:
-    for steps, karras, clip in grid((1, 5, 20), (False, True), (False, True)):
+    for steps, karras, clip in grid((1, 4, 11), (False, True), (False, True)):
         if steps > 1 and not karras and schedule == "squaredcos_cap_v2" and spacing != "leading":
             continue  # the next test
         compare(
@@ -245,8 +248,4 @@ def test_timesteps_for_every_number_of_steps(name: str) -> None:
             if len(theirs.timesteps) > len(ours.timesteps):
                 assert spacing == "trailing" and theirs.timesteps[-1] == -1  # see KNOWN_DIFFUSERS_BUGS
                 continue
-            different = (ours.timesteps != theirs.timesteps).nonzero().flatten()
-            if ours.order == 2:
-                different = (different + 1) // 2
-            # T (N - k) / N is half-integer: we round it exactly, half to even; diffusers adds up floats first
-            assert all(2 * total * k % steps == 0 and total * k % steps != 0 for k in different.tolist())
+            assert torch.equal(ours.timesteps, theirs.timesteps)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import stats
 
 import minilib.schedulers as S
 
@@ -23,27 +23,15 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 def test_draws_follow_the_pdf(name: str, parameters: dict) -> None:
-    """Kolmogorov-Smirnov distance below 0.01 at 2e5 draws (its 99.9 % quantile is 0.0044)."""
+    """Kolmogorov-Smirnov distance at 2e5 draws, below its 99.9 % quantile; the area under the pdf is 1."""
     density = S.timestep_density(name, **parameters)
     t = density.sample(200_000, torch.Generator().manual_seed(0))
     assert t.shape == (200_000,) and t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
-    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)
-    middle = (grid[1:] + grid[:-1]) / 2
-    cdf = np.concatenate([[0.0], (density.pdf(middle) / 20_000).cumsum(0).numpy()])
-    assert abs(cdf[-1] - 1) < 2e-3
-    distance = stats.kstest(t.numpy(), lambda v: np.interp(v, grid.numpy(), cdf)).statistic
-    assert distance < 0.0044
-
-
-@pytest.mark.parametrize(("name", "parameters"), CASES)
-def test_pdf_integrates_to_one(name: str, parameters: dict) -> None:
-    density = S.timestep_density(name, **parameters)
-    area, _ = integrate.quad(
-        lambda v: density.pdf(torch.tensor(v, dtype=torch.float64)).item(), 0, 1, limit=200
-    )
-    assert abs(area - 1) < 1e-6
-    outside = density.pdf(torch.tensor([-0.5, 0.0, 1.0, 1.5]))
-    assert torch.equal(outside, torch.zeros(4))
+    grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    cdf = np.concatenate([[0.0], (density.pdf((grid[1:] + grid[:-1]) / 2) / 100_000).cumsum(0).numpy()])
+    assert abs(cdf[-1] - 1) < 1e-5
+    assert stats.kstest(t.numpy(), lambda v: np.interp(v, grid.numpy(), cdf)).statistic < 0.0044
+    assert torch.equal(density.pdf(torch.tensor([-0.5, 0.0, 1.0, 1.5])), torch.zeros(4))
 
 
 def test_closed_forms() -> None:
