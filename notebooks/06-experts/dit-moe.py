@@ -33,7 +33,6 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown, display
 from matplotlib.colors import ListedColormap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -522,7 +521,7 @@ SHUFFLES = {
 
 
 def bits(top1, factor):
-    """Mutual information of the likeliest expert (times, images, tokens) with a factor, less its floor."""
+    """Mutual information of top1 (times, images, tokens) with a factor, less its floor."""
     generator = torch.Generator().manual_seed(0)
 
     def information(values):
@@ -611,19 +610,19 @@ run.record("near-total", losses["MoE"] / losses["dense, equal parameters"])
 
 oracle = zoo.load("oracle_digits")
 wanted = test.y[: s.samples]
-lines = ["| arm | held-out loss | class right | Fréchet distance |", "|---|---|---|---|"]
+print(f"{'':24s}{'held-out loss':22s}{'class right':22s}Fréchet distance")
 for name, rs in results.items():
     right = torch.tensor([class_accuracy(oracle, r["samples"], wanted) for r in rs])
     reports = [frechet_report(oracle, r["samples"], train.x, test.x) for r in rs]
     cells = []
     for values in (losses[name], right, torch.tensor([r.value for r in reports])):
         mean, low, high = plotting.mean_interval(values)
-        cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-    lines.append(f"| {name} | {' | '.join(cells)} |")
-lines.append(
-    f"\nBrackets: 90 % intervals over {len(s.seeds)} seeds. Fréchet distance: {reports[0].n} samples; floor {reports[0].floor:.2f} (real images), ceiling {reports[0].ceiling:.1f} (noise with the right mean)."
+        cells.append(f"{f'{mean:.3f} [{low:.3f}, {high:.3f}]':22s}")
+    print(f"{name:24s}{''.join(cells)}")
+print(f"Mean and 90 % interval, seeds {s.seeds}. Fréchet distance: {reports[0].n} samples,")
+print(
+    f"floor (real images) {reports[0].floor:.2f}, ceiling (noise with the right mean) {reports[0].ceiling:.1f}."
 )
-display(Markdown("\n".join(lines)))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Held-out loss against million multiply-accumulates an image. The two mixtures and the small dense model sit at the same work; the dense model with equal parameters stands three times further right."}, "figure": {"caption": "Held-out loss against the work of one forward pass. Bars: 90 % intervals over seeds; small dots: single seeds. Mixtures are drawn side by side; their work is equal. Seeds are paired, so differences between arms are surer than the bars suggest.", "name": "fig-dit-moe-cost"}}
 fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
