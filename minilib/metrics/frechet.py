@@ -60,7 +60,7 @@ class FrechetReport:
 
     def __str__(self) -> str:
         return (
-            f"FD {self.value:.1f} (floor {self.floor:.1f}, ceiling {self.ceiling:.0f}; "
+            f"FD {self.value:.3g} (floor {self.floor:.3g}, ceiling {self.ceiling:.3g}; "
             f"n={self.n} against {self.n_reference}, net {self.net_checksum[:8]})"
         )
 
