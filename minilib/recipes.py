@@ -210,7 +210,7 @@ def sample_digits(
     from minilib.sampling import initial_noise, sample_final
 
     guided = classifier_free_guidance(model, y, guidance_scale=guidance_scale)
-    noise = initial_noise((len(y), 1, 8, 8), torch.Generator().manual_seed(seed))
+    noise = initial_noise((len(y), 1, 8, 8), torch.Generator().manual_seed(seed), device=y.device)
     return sample_final(guided, sampling_scheduler(), noise, num_inference_steps=steps).clamp(-1, 1)
 
 
