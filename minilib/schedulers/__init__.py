@@ -24,6 +24,9 @@ Where diffusers 0.42.1 is otherwise, by issue number ("-": none is known). Each 
 - "-": zero terminal SNR with epsilon prediction divides by 0 (DDPM, DDIM). Here an error says so.
 - "-": DPM-Solver++ takes a t that is not in ``timesteps`` for the last one. Here an error says so.
 
+- "-": Heun and Euler write ``x + dt d``, which loses four digits in float32 from a sigma of 20,000 (cosine schedule, t = 999).
+  Here the step is an interpolation between x and x_0, which subtracts nothing large.
+
 Coefficients are float64 here and float32 there. Samples in float16 or bfloat16 are stepped in float32 and rounded back.
 """
 

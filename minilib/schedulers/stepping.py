@@ -14,7 +14,7 @@ from .base import HALF, Generators, Scheduler, SchedulerOutput, Timestep
 ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-def scaled(a: float, x: Tensor) -> Tensor:
+def scaled(a: float, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """``a x``; ``x`` itself if a is 1.
 
     >>> scaled(0.5, torch.ones(2))

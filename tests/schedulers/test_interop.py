@@ -8,6 +8,9 @@ from diffusers import DDIMPipeline, UNet2DModel
 import minilib.schedulers as S
 from minilib.sampling import sample_final
 
+# numpy 2 warns of how diffusers turns its tables into arrays
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def unet() -> UNet2DModel:

@@ -15,6 +15,9 @@ import minilib.schedulers as S
 from .oracles import F64, alpha_bar_reference, table_reference
 from .peers import DIFFUSERS, ddim_jump_is_wrong, pair
 
+# numpy 2 warns of how diffusers turns its tables into arrays
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 ZERO, ONE = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
 Case = tuple[float, float, float]  # ours, the truth, diffusers'
 

@@ -187,7 +187,7 @@ class TestEveryScheduler:
             got = other.step(m, s.timesteps[0], x, generator=torch.Generator().manual_seed(0)).prev_sample
             assert torch.equal(got, expected)
 
-    def test_meta_and_device_argument(self, name: str) -> None:
+    def test_device_argument(self, name: str) -> None:
         s = S.SCHEDULERS[name]()
         s.set_timesteps(5, device="cpu")
         assert s.timesteps.device.type == "cpu"
