@@ -186,4 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Run as a script this module is a second copy; the recipes raise the errors of the first.
+    from minilib import zoo
+
+    sys.exit(zoo.main())

@@ -2,7 +2,7 @@
 
 >>> digits = load("digits", "train")
 >>> tuple(digits.x.shape), digits.num_classes
-((1258, 1, 8, 8), 10)
+((1248, 1, 8, 8), 10)
 """
 
 from minilib.data.images import ImageSet, load, names

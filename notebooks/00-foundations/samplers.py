@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Samplers
 #
-# Every sampler moves a noisy point part of the way towards a guess of the clean data, again and again. DDPM, DDIM, DPM-Solver++, EDM's Euler and Heun, and flow matching differ in three things only: the guess, the noise they add back, and the noise levels they visit
+# Every sampler moves a noisy point part of the way towards a guess of the clean data, again and again. DDPM (denoising diffusion probabilistic models), DDIM (the implicit, noise-free kind), DPM-Solver++, the Euler and Heun methods of EDM ("elucidating the design space"), and flow matching differ in three things only: the guess, the noise they add back, and the noise levels they visit
 # ({cite:t}`ho2020denoising`, {cite:t}`song2021denoising`, {cite:t}`lu2022dpm`, {cite:t}`karras2022elucidating`, {cite:t}`lipman2023flow`).
 
 # %% tags=["remove-cell"]
@@ -92,7 +92,7 @@ run.show_settings()
 #
 # That is all: keep the fraction $r$ of the difference to the guess. The samplers are:
 #
-# :::{table} Six samplers in one notation. $x_0 = D(z, s)$, and $h = \ln(s / n)$ is the step in half the log-SNR; $\hat x_0$, $\hat\epsilon$, $\hat u$ are what the network's output says.
+# :::{table} Six samplers in one notation. $x_0 = D(z, s)$, and $h = \ln(s / n)$ is the step in half the log-SNR; $\hat x_0$, $\hat\epsilon$, $\hat u$ are what the network's output says. $x_1$ is the denoiser's answer at the end of a trial step, "before" marks the step before, $\xi$ is fresh standard normal noise; $\sigma'$, $x'$ belong to the flow path $x = (1 - \sigma) x_0 + \sigma \epsilon$.
 # :name: tab-samplers-updates
 #
 # | sampler | as published | guess $g$ | noise | calls |
@@ -106,7 +106,7 @@ run.show_settings()
 # :::
 #
 # DDIM, Euler and flow matching are the *same step*. Heun tries that step, asks the denoiser again at its end ($x_1$), and corrects the guess by the change that it saw. 2M predicts the change from the last step instead, so it pays for one call only. DDPM lets go of more of the
-# old noise ($r^2$ in place of $r$) and fills up with fresh noise $\xi$.
+# old noise ($r^2$ in place of $r$) and fills up with fresh noise $\xi$. Its variance is the posterior's, the smaller of the two that {cite:t}`ho2020denoising` use.
 #
 # The code is this table. DDIM's $\eta$ goes from 0 (no noise) to 1 (DDPM).
 
@@ -150,7 +150,7 @@ def reference(denoise, z, high, low, steps):
 # The data are a spiral, a mixture of 60 narrow Gaussians, in double precision. Its denoiser is exact. So whatever goes wrong is the sampler's doing.
 #
 # One step, seen closely. All walkers start at the same noisy point and go from $s = 0.8$ to $n = 0.25$. The plain step goes straight towards $x_0$, the average over all arms that are still possible. But on the way the nearest arm becomes the likely one, so the exact curve turns. Heun and 2M
-# change the guess, so that their straight line ends nearer to where the curve ends. DDPM is a cloud: one draw of it ends anywhere in there.
+# change the guess, so that their straight line ends nearer to where the curve ends. (2M also uses the guess at an earlier point of the exact curve, at $s = 2$.) DDPM is a cloud: one draw of it ends anywhere in there.
 
 # %%
 spiral = toy2d("spiral")
@@ -194,7 +194,7 @@ plt.show()
 #
 # ### Which levels?
 #
-# A sampler also needs a list of noise levels. Names stand for habits: DDIM goes down evenly in training time, DPM-Solver++ evenly in log-SNR, EDM evenly in $s^{1/7}$ (Karras' rule), flow matching evenly in $\sigma = s / (1 + s)$, its own noise level. Any step can go with any levels. We keep the two choices apart.
+# A sampler also needs a list of noise levels. Names stand for habits: DDIM goes down evenly in training time, DPM-Solver++ evenly in log-SNR, EDM evenly in $s^{1/7}$ (Karras' rule), flow matching evenly in $\sigma = s / (1 + s)$, its own noise level. (They are habits, not laws: DPM-Solver++'s authors advise even in log-SNR for small images and even in time for large ones.) Any step can go with any levels. We keep the two choices apart.
 
 
 # %%
@@ -297,7 +297,7 @@ run.record("same-step", list(gaps.values()))
 # %% [markdown]
 # ### Orders
 #
-# The **order** of a method is the power with which its error falls with the step. We compare with the exact walk from $s_{\max}$ to $s_{\min}$, on 128 starts, and take the median error. (Some starts lie on a seam between two arms of the spiral, where the smallest error decides the arm;
+# The **order** of a method is the power with which its error falls with the step. We compare with the exact walk from $s_{\max}$ to $s_{\min}$ (`reference` above: order 4 and many steps), on 128 starts, and take the median error. (Some starts lie on a seam between two arms of the spiral, where the smallest error decides the arm;
 # the median is not moved by them.)
 
 # %%
@@ -335,7 +335,7 @@ plt.show()
 # %% [markdown]
 # ### There and back: inversion
 #
-# The plain step can be run backwards: from an image to the noise that leads to it. Backwards, the guess must be read at the state where one *is*, not at the one where one *goes*; so the way up and the way down differ a little. The error is of order 1 as well. Editing methods rest on this
+# The plain step can be run backwards: from an image to the noise that leads to it. Backwards, the guess must be read at the state where one *is*, not at the one where one *goes*; so the way up and the way down differ a little. The error is of order 1 as well. Many editing methods rest on this
 # round trip. The library's `ddim_inversion` does it.
 
 # %%
@@ -359,13 +359,13 @@ run.record("inversion", [a / b for a, b in pairwise(missed)])
 # %% [markdown]
 # ### A wrong start, in closed form
 #
-# Sampling starts from pure noise, but the noisiest training level is not pure noise: its $s$ is finite, $s_T$. So the start is wrong by the mean of the data. What becomes of this? Take data from one Gaussian, mean $m$ and standard deviation $c$. Then everything is linear, and an offset obeys its own equation.
+# Sampling starts from pure noise, but the noisiest training level is not pure noise: its $s$ is finite, $s_T$. So the start is wrong by the mean of the data (and, less, in its spread). What becomes of this? Take data from one Gaussian, mean $m$ and standard deviation $c$. Then everything is linear, and an offset obeys its own equation.
 #
 # - Along {eq}`eq-samplers-flow` the distance to the mean shrinks like $\sqrt{c^2 + s^2}$. At the end, the share $c / \sqrt{c^2 + s_T^2}$ of the offset is left: it is *remembered*.
-# - DDPM draws each $z'$ from the exact distribution given $z$ here. So its mean is $\mathbb{E}[x_0 \mid z_T]$, and the share left is $c^2 / (c^2 + s_T^2)$: the square. The offset is *forgotten* much faster, in any number of steps.
-# - If $s_T = \infty$ (zero terminal SNR) the share is zero for both.
+# - The mean of DDPM's step is the exact mean of $z'$ given $z$. (Its variance is not: it leaves out the doubt about $x_0$.) Here all means are linear in $z$, so they chain, and the samples' mean is $\mathbb{E}[x_0 \mid z_T]$. The share left is $c^2 / (c^2 + s_T^2)$: the square. The offset is *forgotten* much more, with any number of steps.
+# - If $s_T = \infty$ (zero terminal SNR, a signal-to-noise ratio of zero) the share is zero for both. There $\hat\epsilon$ says nothing about $x_0$, so the network has to predict $v$; and the library works in $x_t$, which stays finite.
 #
-# We measure it with latent diffusion's schedule ("scaled linear", {cite:t}`rombach2022high`), which stops early. **Spacing** decides where a sampler begins: `trailing` and `linspace` at the last training step, `leading` well before it, at a level where data still shine through
+# We measure it with latent diffusion's schedule ("scaled linear", {cite:t}`rombach2022high`), which stops early. **Spacing** decides where a sampler begins: `trailing` and `linspace` at the last training step, `leading` about one step before it: with few steps, at a level where data still shine through
 # {cite:p}`lin2024common`. A start at $x = 0$ is the mean of all starts, and it gives the mean of all samples.
 
 # %%
@@ -424,7 +424,7 @@ plt.show()
 #
 # Two questions, one change at a time.
 #
-# 1. *Same levels, another step.* At equal **model calls**, how far does each sampler end from the end of the exact trajectory through its start (median over starts, as above)? A call is what costs time: Heun's steps count double. Control: the first-order step on the same levels.
+# 1. *Same levels, another step.* At equal **model calls**, how far does each sampler end from the end of the exact trajectory through its start (median over starts, as above)? A call is what costs time: Heun's steps count double, except its last one, to $s = 0$, which is plain. So Heun uses an odd number of calls, and an even budget leaves it one call short. Control: the first-order step on the same levels.
 # 2. *Same step, other levels.* The four habits above.
 #
 # Starts are drawn from the exact noisy distribution at $s_{\max}$, so the start is right. Each seed draws its own. For DDPM, which has no trajectory to follow, we compare distributions: the **sliced Wasserstein distance**, the mean distance between sorted projections of samples and of fresh
@@ -471,9 +471,9 @@ def gathered(kind, name):
 # ## Results
 #
 # The figure to remember. To see a trajectory whole, we take data on a *line*, four spots on it, and let noise fall from left to right. Six samplers as they are commonly run, from the same six starts, with 12 calls each (Heun: 11). Nothing happens for a long time; then the density splits, and whoever takes
-# few steps there ends between the spots.
+# few steps there can end between the spots. DDPM follows its own random path, so the black curves are no target for it.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Six panels: noise level falls from left to right, and a grey density splits into four branches near s = 1. Black exact curves run into the branches. DDIM's and Euler's polygons lag behind the splitting curves and some end between branches. Flow matching and 2M follow them closely. Heun with so few calls jumps away. DDPM zigzags and ends in other branches, some of its ends between them."}, "figure": {"caption": "Six samplers, 12 model calls each, from the same starts; data on a line. Grey: density at each noise level. Black: exact trajectories. In brackets: how the levels are spaced. States are divided by $\\sqrt{1 + s^2}$, the standard deviation for data of unit variance.", "name": "fig-samplers-trajectories"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Six panels: noise level falls from left to right, and a grey density splits into four branches near s = 1. Black exact curves run into the branches. DDIM's and Euler's polygons lag behind the splitting curves and some end between branches. Flow matching and 2M follow them closely. Heun with so few calls jumps away. DDPM zigzags and ends in branches, often in other ones than the exact curve from the same start."}, "figure": {"caption": "Six samplers, 12 model calls each (Heun: 11), from the same starts; data on a line. Grey: density at each noise level. Black: exact trajectories. In brackets: how the levels are spaced. States are divided by $\\sqrt{1 + s^2}$, the standard deviation for data of unit variance. The last point of each polygon stands for $s = 0$.", "name": "fig-samplers-trajectories"}}
 habits = {
     "DDPM": ("training time", {"eta": 1.0, "generator": torch.Generator().manual_seed(7)}),
     "DDIM": ("training time", {}),
@@ -507,7 +507,7 @@ fig.supxlabel("noise level $s$, falling", fontsize=10)
 fig.supylabel("state, $z / \sqrt{1 + s^2}$", fontsize=10)
 plt.show()
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four panels, one for each kind of levels: distance to the exact end against model calls, both logarithmic. The first-order step falls slowly and steadily. 2M falls faster; at few calls it is below it for levels even in log-SNR and above it for levels even in training time. Heun starts far above both at few calls and falls steeply, crossing the first-order line at some tens of calls."}, "figure": {"caption": "Median distance to the exact trajectory's end against model calls, for four kinds of levels. Bands: 90 % intervals over seeds, each with its own starts.", "name": "fig-samplers-calls"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four panels, one for each kind of levels: distance to the exact end against model calls, both logarithmic. The first-order step falls slowly and steadily. 2M is below it at all budgets for levels even in log-SNR. For Karras' levels the two are alike up to 10 calls, for flow levels 2M is above up to 10 calls, then 2M is below. For levels even in training time 2M is above from 7 to 20 calls and hardly better later. Heun starts far above the first-order line and falls steeply; it crosses it between 20 and 35 calls, except for levels even in training time, where it has not crossed at 50."}, "figure": {"caption": "Median distance to the exact trajectory's end against model calls, for four kinds of levels. Bands: 90 % intervals over seeds, each with its own starts.", "name": "fig-samplers-calls"}}
 fig, axes = plt.subplots(1, 4, figsize=(7, 3), sharey=True, layout="constrained")
 for ax, kind in zip(axes, kinds, strict=True):
     for name, color in look.items():
@@ -532,7 +532,7 @@ for kind in kinds:
     values = (f"{name} {gathered(kind, name)[:, ten].mean():.3f}" for name in look)
     print(f"  {kind:14s}", *values, sep="   ")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Sliced Wasserstein distance to the data against model calls for eta 0, 0.5 and 1. All fall towards the dotted floor. At few calls the more noise, the larger the distance; at many calls the three lines meet near the floor."}, "figure": {"caption": "Noise or none: distance of the samples' distribution to the data. Dotted: two sets of real data of the same size. Levels even in log-SNR. Bands: 90 % intervals over seeds.", "name": "fig-samplers-eta"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Sliced Wasserstein distance to the data against model calls for eta 0, 0.5 and 1. All fall towards the dotted floor. The line for eta 1 is clearly highest at few calls and still highest at 50, where its band overlaps the others. The line for eta 0.5 runs just above that for eta 0. None reaches the floor."}, "figure": {"caption": "Noise or none: distance of the samples' distribution to the data. Dotted: two sets of real data of the same size. Levels even in log-SNR. Bands: 90 % intervals over seeds.", "name": "fig-samplers-eta"}}
 fig, ax = plt.subplots(figsize=(6, 3.2))
 for eta, color in zip((0, 0.5, 1), (PALETTE[0], PALETTE[4], PALETTE[3]), strict=True):
     note = {0: " (DDIM)", 1: " (DDPM)"}.get(eta, "")
@@ -548,22 +548,26 @@ plt.show()
 run.report()
 
 # %% [markdown]
-# **The levels matter as much as the step.** {numref}`fig-samplers-calls` shows the same three steps on four kinds of levels. At few calls, the plain step on flow matching's levels does about as well as a better step elsewhere. Those levels spend few calls at high noise, where the guess hardly changes, and more
+# **At few calls the levels matter as much as the step.** {numref}`fig-samplers-calls` shows the same three steps on four kinds of levels. At 10 calls or fewer, the plain step on flow matching's levels does about as well as the best of the others, 2M on levels even in log-SNR. With more calls 2M pulls ahead. Flow matching's levels spend few calls at high noise, where the guess hardly changes, and more
 # where arms are chosen. So part of what is credited to straight paths at sampling time is a choice of levels, and DDIM can have it too.
 #
-# **Order pays once steps are small enough.** Heun's guess divides the change of the denoiser by $2r$. If noise falls tenfold in a step, $r$ is 0.1, and the correction overshoots. So a method of order 2 can be much worse than one of order 1 when calls are few. 2M extrapolates less wildly and needs no second call. It is not safe on all levels either:
-# on levels even in training time the last step but one is very long, since much of the log-SNR lies in the last few training steps.
+# **Order pays once steps are small enough.** Heun's guess divides the change of the denoiser by $2r$. If noise falls tenfold in a step, $r$ is 0.1, and the correction overshoots. So a method of order 2 can be much worse than one of order 1 when calls are few. Even at 50 calls Heun has not overtaken
+# the plain step on levels even in training time. This is not EDM's own setting: its range of levels is narrower, and its budgets on images are larger than ours at the low end. The rounding of budgets (an even one leaves Heun a call short) also counts against Heun, most where calls are few.
 #
-# **Noise costs calls, and repairs.** With a perfect denoiser and a right start, noise has nothing to repair, and at few calls it only adds error ({numref}`fig-samplers-eta`). At many calls all three are near the floor, where this measure cannot tell them apart. But {numref}`fig-samplers-start` shows what noise is
-# good for: DDPM forgets an error of the start that DDIM carries to the end.
+# 2M extrapolates less wildly and needs no second call. But its gain at 10 calls is a gain on levels even in log-SNR. On Karras' levels it then gains nothing, and on the other two it is worse than the plain step. The reason is most likely one step, the last but one, down to $s_{\min}$. On three of the four kinds of levels it is very long: on levels
+# even in training time, for instance, much of the log-SNR lies in the last few training steps. Our 2M extrapolates over it. The published code can lower the order at the end when steps are few, which guards against just this. In a quick check with one set of starts, not part of the recorded run, we took only that step with order 1, and 2M was
+# then ahead of the plain step on all four kinds at 10 calls. So read the curves of 2M at few calls as those of 2M without this guard.
+#
+# **Noise costs calls, and repairs.** With a perfect denoiser and a right start, noise has nothing to repair, and it only adds error ({numref}`fig-samplers-eta`). Half the noise ($\eta = 0.5$) costs little; all of it costs most at few calls. The gap narrows as calls grow, until the intervals overlap, but no curve has reached the floor at 50 calls, and DDPM is still the furthest from it. But {numref}`fig-samplers-start` shows what noise is
+# good for: DDPM forgets most of an error of the start that DDIM carries, shrunk less, to the end.
 # A network makes errors at every step, and there {cite:t}`karras2022elucidating` find some noise useful.
 #
 # ## What this does not show
 #
 # :::{admonition} What this does not show
 # :class: warning
-# The denoiser is exact. A network's errors change the picture: beyond some number of calls they dominate, and better solvers stop helping. Guidance, which sharpens the denoiser and makes large guesses unstable, is not tried; it is what DPM-Solver++ was made for. Nor are the stochastic sampler of EDM, solvers of order 3, and time steps that are
-# learned. Which levels are best depends on the data: two dimensions and a narrow spiral have their own noise levels at which arms are chosen. Numbers such as "12 calls" do not carry over to images.
+# The denoiser is exact. A network's errors change the picture: beyond some number of calls they dominate, and better solvers stop helping. Guidance, which sharpens the denoiser and makes large steps unstable, is not tried; it is what DPM-Solver++ was made for. Nor are the stochastic sampler of EDM, solvers of order 3, time steps that are
+# learned, and paths made straighter by training (reflow, {cite:t}`liu2023flow`). Which levels are best depends on the data: two dimensions and a narrow spiral have their own noise levels at which arms are chosen. Numbers such as "12 calls" do not carry over to images.
 # :::
 #
 # ## Exercises
