@@ -25,10 +25,10 @@ except ImportError:
     # %pip install -q "minilib @ git+https://github.com/minilib-book/minilib"
     pass
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-cell"]
 profile = "auto"
 
-# %%
+# %% tags=["hide-input"]
 import math
 from dataclasses import dataclass
 

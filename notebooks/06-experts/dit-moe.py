@@ -24,10 +24,10 @@ except ImportError:
     # %pip install -q "minilib @ git+https://github.com/minilib-book/minilib"
     pass
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-cell"]
 profile = "auto"
 
-# %%
+# %% tags=["hide-input"]
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
