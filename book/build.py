@@ -20,7 +20,6 @@ from pathlib import Path
 from check import check
 from derive.shelf import read_shelf
 from derive.stage import stage
-
 from minilib.execution import alone
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,6 +11,7 @@ import yaml
 from bookproject import REPO, build_book
 
 # isort: split
+import build
 import check
 import derive.markup
 from derive.contents import bibliography, hand_written, toc
@@ -18,8 +19,6 @@ from derive.example import table as example_table
 from derive.performance import table as performance_table
 from derive.shelf import read_shelf
 from derive.stage import fill, stage
-
-import build
 from minilib.cards import all_cards
 
 
