@@ -30,7 +30,8 @@
 
     function sort(head, column) {
       const ascending = head.getAttribute("aria-sort") !== "ascending";
-      const key = (row) => row.cells[column].dataset.sort || row.cells[column].textContent.trim();
+      // An empty key is a key: it marks a line without a value.
+      const key = (row) => row.cells[column].dataset.sort ?? row.cells[column].textContent.trim();
       const numeric = rows.every((row) => key(row) === "" || !isNaN(Number(key(row))));
       const compare = (a, b) => (numeric ? Number(a) - Number(b) : a.localeCompare(b));
       rows.sort((a, b) => {
