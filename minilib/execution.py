@@ -154,8 +154,10 @@ def _without_injected(notebook: Any) -> Any:
 def kernel_environment(profile: str, root: Path) -> dict[str, str]:
     """What a page's kernel needs: one thread a process, one process at smoke, this very minilib, figures in the page."""
     paths = [str(PACKAGE.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    threads = os.environ.get("OMP_NUM_THREADS") or "1"
     env = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1",
+        # Snakemake gives a job's numbers of threads to all of these, and where they differ torch goes by MKL's.
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads),
         "MINILIB_ROOT": str(root.resolve()),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         # A backend set outside, such as Agg, would keep figures out of the notebook.

@@ -1,7 +1,9 @@
 """Executing and publishing pages: both files or neither, nothing twice, and a check that sees through edits."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -381,3 +383,15 @@ def test_never_ran():
     notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", data={MIME: {"a": [1]}})]
     assert pages.never_ran(notebook) == []
     assert pages.embedded_record(notebook) == {"a": [1]}
+
+
+def test_a_page_runs_on_one_thread_also_where_the_fleet_gives_its_job_two(monkeypatch, tmp_path):
+    from minilib.execution import kernel_environment
+
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    env = {**os.environ, **kernel_environment("cpu", tmp_path)}
+    code = "import minilib, torch; print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
