@@ -1,9 +1,8 @@
-"""Labelled image sets. Every set answers to one call, ``load(name, split)``, and says where it came from."""
+"""Labelled image sets, and the smallest of them: ``digits``. Every set says where it came from."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SPLITS = ("train", "validation", "test")
+from minilib.data.registry import SPLITS, load, names, register
+
+__all__ = ["SPLITS", "ImageSet", "load", "names", "split_by_rank", "tensor_checksum"]
 
 
 @dataclass(frozen=True)
@@ -39,35 +40,6 @@ class ImageSet:
         return self.x[self.y == label]
 
 
-def load(name: str, split: str = "train", size: int | None = None, source: str = "auto") -> ImageSet:
-    """Load a split of a data set.
-
-    Args:
-        name: one of :func:`names`.
-        split: ``"train"``, ``"validation"`` (choose models and settings on it) or ``"test"`` (publish on it).
-        size: image side in pixels; only the set's own size is known so far.
-        source: ``"auto"`` or ``"vendored"``: the copy that ships with the dependencies, no network.
-
-    Raises:
-        KeyError: unknown name. ValueError: unknown split, size or source.
-    """
-    if name not in _LOADERS:
-        raise KeyError(f"unknown data set {name!r}; known: {', '.join(names())}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of {name!r}; expected one of {', '.join(SPLITS)}")
-    if source not in ("auto", "vendored"):
-        raise ValueError(f"unknown source {source!r} for {name!r}; expected 'auto' or 'vendored'")
-    loader, native = _LOADERS[name]
-    if size not in (None, native):
-        raise ValueError(f"{name!r} has images of {native} x {native} pixels; got size={size}")
-    return loader(split)
-
-
-def names() -> list[str]:
-    """Names of all data sets."""
-    return sorted(_LOADERS)
-
-
 def tensor_checksum(*tensors: Tensor) -> str:
     """sha256 of the raw values, so that a record can say exactly which data it used."""
     digest = hashlib.sha256()
@@ -76,25 +48,34 @@ def tensor_checksum(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+def split_by_rank(y: Int[Tensor, " n"], split: str) -> Int[Tensor, " m"]:
+    """Indices of a split by rank within the class, modulo 10: two tenths test, one tenth validation, the rest train.
+
+    It needs no random number, so it can never change.
+
+    >>> split_by_rank(torch.zeros(10, dtype=torch.long), "test")
+    tensor([0, 1])
+    """
+    place = torch.zeros_like(y)
+    for label in y.unique():
+        members = (y == label).nonzero().squeeze(1)
+        place[members] = torch.arange(len(members)) % 10
+    mask = {"test": place < 2, "validation": place == 2, "train": place > 2}[split]
+    return mask.nonzero().squeeze(1)
+
+
 @lru_cache(maxsize=len(SPLITS))
-def _digits(split: str) -> ImageSet:
+def _digits(split: str, size: int | None = None) -> ImageSet:
     """1,797 handwritten digits of 13 people, 8 x 8 pixels, 17 grey levels (UCI optdigits, the copy inside scikit-learn).
 
-    The split is by rank within the class, modulo 10: two tenths test, one tenth validation, the rest train. It needs no
-    random number, so it can never change. The writers are not known, so a writer may be on both sides.
+    The split is by rank within the class. The writers are not known, so a writer may be on both sides.
     """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     x = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
     y = torch.tensor(raw.target, dtype=torch.long)
-    rank = torch.zeros_like(y)
-    for label in range(10):
-        members = (y == label).nonzero().squeeze(1)
-        rank[members] = torch.arange(len(members))
-    place = rank % 10
-    mask = {"test": place < 2, "validation": place == 2, "train": place > 2}[split]
-    index = mask.nonzero().squeeze(1)
+    index = split_by_rank(y, split)
     return ImageSet(
         name="digits",
         split=split,
@@ -108,4 +89,4 @@ def _digits(split: str) -> ImageSet:
     )
 
 
-_LOADERS: dict[str, tuple[Callable[[str], ImageSet], int]] = {"digits": (_digits, 8)}
+register("digits", _digits, sizes=(8,))
