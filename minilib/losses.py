@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minilib.schedulers.densities import TimestepDensity
 from minilib.training import Batch, LossFn, MakeBatch
 
 Times = Callable[[int, torch.Generator], Tensor]
@@ -23,6 +24,11 @@ Times = Callable[[int, torch.Generator], Tensor]
 def uniform_timesteps(num_train_timesteps: int = 1000) -> Times:
     """Integer times, all equally likely: DDPM's choice (Ho et al., 2020, algorithm 1)."""
     return lambda n, generator: torch.randint(num_train_timesteps, (n,), generator=generator)
+
+
+def density_timesteps(density: TimestepDensity) -> Times:
+    """Times of a density on (0, 1), on the 0..1000 scale (:mod:`minilib.schedulers.densities`)."""
+    return lambda n, generator: 1000.0 * density.sample(n, generator)
 
 
 def class_batches(

@@ -111,3 +111,29 @@ def test_guidance_refuses(dit):
         classifier_free_guidance(dit, cond=torch.zeros(2, 16))
     with pytest.raises(ValueError, match="interval"):
         classifier_free_guidance(dit, Y, interval=(5, 1))
+
+
+def test_guidance_of_texts_by_tokens_and_by_states_is_the_same():
+    from minilib.guidance import classifier_free_guidance, conditional
+    from minilib.models import TextUNet
+
+    torch.manual_seed(0)
+    unet = {"block_out_channels": (8, 8), "layers_per_block": 1, "attention_levels": (1,), "num_heads": 2}
+    model = TextUNet(
+        text={"vocab_size": 9, "max_length": 5, "dim": 8, "num_heads": 2, "depth": 1}, unet={**unet, "norm_num_groups": 4}
+    ).eval()  # fmt: skip
+    for p in model.parameters():  # nothing may start at zero, or the text would not matter
+        p.data.normal_(std=0.3)
+    x, t = torch.randn(3, 3, 8, 8), torch.full((3,), 500)
+    tokens, null = torch.randint(1, 9, (3, 5)), model.null_tokens(3, 5)
+    states, null_states = (model.encode_text(y)._asdict() for y in (tokens, null))
+    by_tokens = classifier_free_guidance(model, tokens, null, guidance_scale=3.0)(x, t)
+    by_states = classifier_free_guidance(model, cond=states, null=null_states, guidance_scale=3.0)(x, t)
+    by_hand = model(x, t, null) + 3.0 * (model(x, t, tokens) - model(x, t, null))
+    assert (by_tokens - by_states).abs().max() < 1e-5 and (by_tokens - by_hand).abs().max() < 1e-4
+    assert (by_tokens - model(x, t, tokens)).abs().max() > 1e-2
+    assert torch.equal(conditional(model, cond=states)(x, t), conditional(model, tokens)(x, t))
+    with pytest.raises(ValueError, match="context"):
+        classifier_free_guidance(model, cond=states, null={"pooled": states["pooled"]}, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="same keys"):
+        classifier_free_guidance(model, cond=states, guidance_scale=2.0)

@@ -1,27 +1,33 @@
 """Attention: every variant behind one signature, one layer that uses them, and ways to act on it from outside."""
 
-from .functional import (
-    ATTENTION,
-    Attend,
-    attention_weights,
-    full_attention,
-    get_attention,
-    naive_attention,
-    register_attention,
-)
-from .intervene import attention_modules, attention_processor, record_attention
-from .module import Attention
+import lazy_loader as lazy
 
-__all__ = [
-    "ATTENTION",
-    "Attend",
-    "Attention",
-    "attention_modules",
-    "attention_processor",
-    "attention_weights",
-    "full_attention",
-    "get_attention",
-    "naive_attention",
-    "record_attention",
-    "register_attention",
-]
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "cross": ["CrossAttention"],
+        "functional": [
+            "ATTENTION",
+            "Attend",
+            "attention_weights",
+            "full_attention",
+            "get_attention",
+            "naive_attention",
+            "register_attention",
+        ],
+        "intervene": [
+            "attention_modules",
+            "attention_processor",
+            "patch_attention",
+            "record_attention",
+            "replace_attention_weights",
+            "replace_keys_values",
+            "reweight_attention",
+            "scale_heads",
+        ],
+        "joint": ["JointAttention", "RotaryAttention", "joint_ids", "joint_mask"],
+        "key_values": ["patch_keys_values", "record_keys_values"],
+        "module": ["Attention", "AttentionLayer"],
+        "rope": ["RotaryEmbedding", "apply_rotary", "grid_ids"],
+    },
+)

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from .functional import Attend, Mask, get_attention
 
 
-class Attention(nn.Module):
+class AttentionLayer(nn.Module):
+    """Any layer that mixes tokens through an exchangeable ``processor``: self-, cross- and joint attention are its subclasses.
+
+    ``attention_processor`` and ``record_attention`` find every one of them in a model, whatever the model.
+    """
+
+    processor: Attend
+
+
+class Attention(AttentionLayer):
     """Multi-head self-attention: one linear layer makes q, k and v, a processor mixes the tokens, one linear layer ends it.
 
     ``processor`` has the signature ``(q, k, v, *, mask=None) -> out`` of ``minilib.attention.functional``. It

@@ -1,51 +1,40 @@
 """Denoisers, and the small networks around them."""
 
-from .configs import DIT_CONFIGS, DIT_MOE_CONFIGS
-from .convert import from_diffusers, from_facebook, to_diffusers, to_facebook
-from .dit import DiT, DiTBlock, FinalLayer, build_mlp
-from .layers import GeluMLP, LabelEmbedder, PatchEmbed, SwiGLU, TimestepEmbedder, modulate
-from .moe import (
-    ExpertLoad,
-    MoEFeedForward,
-    MoEGate,
-    Routing,
-    collect_balance_loss,
-    load_balance_loss,
-    record_routing,
-)
-from .oracle import OracleClassifier
-from .positions import sincos_1d, sincos_2d, timestep_embedding
-from .state_dicts import ConversionError
-from .upcycle import upcycle_moe
+import lazy_loader as lazy
 
-__all__ = [
-    "DIT_CONFIGS",
-    "DIT_MOE_CONFIGS",
-    "ConversionError",
-    "DiT",
-    "DiTBlock",
-    "ExpertLoad",
-    "FinalLayer",
-    "GeluMLP",
-    "LabelEmbedder",
-    "MoEFeedForward",
-    "MoEGate",
-    "OracleClassifier",
-    "PatchEmbed",
-    "Routing",
-    "SwiGLU",
-    "TimestepEmbedder",
-    "build_mlp",
-    "collect_balance_loss",
-    "from_diffusers",
-    "from_facebook",
-    "load_balance_loss",
-    "modulate",
-    "record_routing",
-    "sincos_1d",
-    "sincos_2d",
-    "timestep_embedding",
-    "to_diffusers",
-    "to_facebook",
-    "upcycle_moe",
-]
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submod_attrs={
+        "configs": ["DIT_CONFIGS", "DIT_MOE_CONFIGS"],
+        "convert": ["from_diffusers", "from_facebook", "to_diffusers", "to_facebook"],
+        "convert_mmdit": ["mmdit_from_diffusers", "mmdit_to_diffusers"],
+        "convert_unet": ["unet_config_from_diffusers", "unet_from_diffusers", "unet_to_diffusers"],
+        "convert_vae": ["vae_config_from_diffusers", "vae_from_diffusers", "vae_to_diffusers"],
+        "discriminator": ["PatchDiscriminator"],
+        "dit": ["DiT", "DiTBlock", "FinalLayer", "build_mlp"],
+        "efficientnet": ["EfficientNetLite0", "load_effnet_lite0"],
+        "layers": ["GeluMLP", "LabelEmbedder", "PatchEmbed", "SwiGLU", "TimestepEmbedder", "modulate"],
+        "mmdit": ["MMDiT"],
+        "mmdit_blocks": ["MMDiTBlock"],
+        "mmdit_configs": ["SD3_CONFIGS", "mmdit_config_from_diffusers"],
+        "moe": [
+            "ExpertLoad",
+            "MoEFeedForward",
+            "MoEGate",
+            "Routing",
+            "collect_balance_loss",
+            "load_balance_loss",
+            "record_routing",
+        ],
+        "oracle": ["OracleClassifier"],
+        "positions": ["sincos_1d", "sincos_2d", "timestep_embedding"],
+        "scene_oracle": ["GARBLED", "SceneOracle", "scene_cross_entropy"],
+        "scene_reader": ["SceneReader"],
+        "state_dicts": ["ConversionError"],
+        "text": ["TextConditioned", "TextEncoder", "TextMMDiT", "TextStates", "TextUNet", "token_mask"],
+        "unet": ["UNet"],
+        "upcycle": ["upcycle_moe"],
+        "vae": ["ConvVAE", "DiagonalGaussian"],
+        "vit": ["ViT", "ViTBlock"],
+    },
+)

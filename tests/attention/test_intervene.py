@@ -33,7 +33,7 @@ def processors(model):
 
 def test_modules_are_found_by_name(model):
     assert list(attention_modules(model)) == ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]
-    with pytest.raises(ValueError, match="Linear contains no minilib.attention.Attention"):
+    with pytest.raises(ValueError, match="Linear contains no minilib.attention.AttentionLayer"):
         attention_modules(nn.Linear(2, 2))
 
 
