@@ -27,7 +27,7 @@ TRACEBACK_LINES = 25
 PATIENCE = 6
 RECORD_ORDER = (
     *("slug", "profile", "device", "settings", "claims", "wall_s", "peak_mb", "threads"),
-    *("machine", "versions", "date", "modules", "zoo"),
+    *("machine", "versions", "date", "modules", "zoo", "data"),
 )
 _PARAMETERS = re.compile(r"""^# %%.*\btags=\[[^\]]*["']parameters["']""", re.MULTILINE)
 

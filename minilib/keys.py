@@ -30,6 +30,11 @@ BOOKKEEPING = frozenset(
         *("reproduction", "resources", "tables", "verdicts"),
     )
 )
+# Tables of contents and of names: what they lead to is hashed, they themselves compute nothing.
+CONTENTS = frozenset(
+    f"minilib.{name}"
+    for name in ("attention", "data", "data.provenance", "data.registry", "metrics", "models", "recipes")
+)
 _HEADER = re.compile(r"^# %%(.*)$")
 
 
@@ -41,22 +46,26 @@ def strip_prose(source: str) -> str:
     """
     try:
         tree = ast.parse(source)
-        comments = [
-            t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
-        ]
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (SyntaxError, tokenize.TokenError):
         return source.strip()
     # ast counts columns in bytes, tokenize in characters: work in bytes throughout.
     lines = [line.encode() for line in source.split("\n")]
-    for token in comments:
-        row, column = token.start
-        lines[row - 1] = lines[row - 1][: len(token.line[:column].encode())]
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][: len(token.line[:column].encode())]
+    # Blank lines and trailing spaces inside a string belong to its value.
+    in_string = {row - 1 for t in tokens if t.type == tokenize.STRING for row in range(t.start[0], t.end[0])}
     for node in _docstrings(tree):
         first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        in_string -= set(range(first, last + 1))
         head, tail = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
         lines[first : last + 1] = [head + tail] + [b""] * (last - first)
-    kept = (line.decode().rstrip() for line in lines)
-    return "\n".join(line for line in kept if line)
+    kept = (
+        (line.decode() if row in in_string else line.decode().rstrip(), row) for row, line in enumerate(lines)
+    )
+    return "\n".join(line for line, row in kept if line or row in in_string)
 
 
 def _docstrings(tree: ast.Module) -> Iterable[ast.Expr]:
@@ -105,7 +114,7 @@ def library_key(modules: Iterable[str], zoo: Iterable[str] = (), package: Path |
     A module that no longer exists counts as changed. ``package`` is minilib's folder, by default this one's.
     """
     sources: dict[str, str | None] = {}
-    for name in sorted(set(modules) - BOOKKEEPING):
+    for name in sorted(set(modules) - BOOKKEEPING - CONTENTS):
         path = module_path(name, package or PACKAGE)
         sources[name] = strip_prose(path.read_text(encoding="utf-8")) if path else None
     lines = (

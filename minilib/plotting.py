@@ -100,13 +100,13 @@ def show_images(
 
 def mean_interval(values: Float[Tensor, "seeds ..."], level: float = 0.90) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and t-interval over the first axis: ``(mean, low, high)``; the interval is the mean itself with one seed."""
-    from scipy.special import stdtrit
+    from minilib.verdicts import t_quantile
 
     n = len(values)
     mean = values.double().mean(0)
     if n < 2:
         return mean, mean, mean
-    half = float(stdtrit(n - 1, 0.5 + level / 2)) * values.double().std(0) / n**0.5
+    half = t_quantile(n, level) * values.double().std(0) / n**0.5
     return mean, mean - half, mean + half
 
 

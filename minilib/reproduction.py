@@ -110,6 +110,12 @@ def _as_floats(claim_id: str, values: Any) -> list[float]:
     return floats
 
 
+def _data_used() -> dict[str, Any]:
+    """The data sets this process has loaded, with source and checksums; looks only if the data package is loaded already."""
+    provenance = sys.modules.get("minilib.data.provenance")
+    return provenance.used() if provenance is not None else {}
+
+
 def _show(html: str, text: str, extra: Mapping[str, Any] | None = None) -> None:
     """Display in a notebook, print elsewhere."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
@@ -244,6 +250,7 @@ class Reproduction:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "modules": sorted(name for name in sys.modules if name.split(".")[0] == "minilib"),
             "zoo": self._zoo,
+            "data": _data_used(),
         }
 
     def report(self) -> None:

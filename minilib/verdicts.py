@@ -29,12 +29,20 @@ def t_interval(values: Sequence[float], level: float = 0.90) -> tuple[float, flo
         raise ValueError("t_interval needs at least one value; got an empty list")
     if len(values) == 1:
         return -math.inf, math.inf
+    mean = statistics.mean(values)
+    half = t_quantile(len(values), level) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def t_quantile(n: int, level: float = 0.90) -> float:
+    """Half the width of a two-sided t-interval for the mean of ``n`` >= 2 values, in standard errors.
+
+    >>> round(t_quantile(3), 3)
+    2.92
+    """
     from scipy.special import stdtrit  # here, since it takes longer to load than this package
 
-    quantile = float(stdtrit(len(values) - 1, (1 + level) / 2))
-    mean = statistics.mean(values)
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
+    return float(stdtrit(n - 1, (1 + level) / 2))
 
 
 def verdict(claim: Claim, values: Sequence[float]) -> str:

@@ -24,28 +24,39 @@ import torch
 from torch import nn
 
 from minilib.resources import atomic_write, zoo_dir
+from minilib.verified import (
+    ChecksumMismatch,
+    MissingFile,
+    TruncatedFile,
+    VerificationError,
+    read_verified,
+)
+
+__all__ = [
+    "ChecksumMismatch",
+    "MissingFile",
+    "TruncatedFile",
+    "UnknownCheckpoint",
+    "ZooError",
+    "checksum",
+    "entries",
+    "entry",
+    "load",
+    "main",
+    "names",
+    "publish",
+    "read",
+]
 
 
-class ZooError(RuntimeError):
-    """Something is wrong with a checkpoint; the message says what to do."""
+ZooError = VerificationError
+"""Something is wrong with a checkpoint; the message says what to do."""
 
 
 class UnknownCheckpoint(ZooError, KeyError):
     """No checkpoint of that name."""
 
     __str__ = RuntimeError.__str__
-
-
-class MissingFile(ZooError):
-    """The entry is there, the weights are not."""
-
-
-class TruncatedFile(ZooError):
-    """The file is shorter or longer than the entry says."""
-
-
-class ChecksumMismatch(ZooError):
-    """The file has the right size and other contents."""
 
 
 def entries(root: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -74,20 +85,8 @@ def checksum(name: str, root: Path | None = None) -> str:
 
 def read(name: str, root: Path | None = None) -> bytes:
     """The file's bytes, verified against size and sha256."""
-    item = entry(name, root)
-    path = (root or zoo_dir()) / item["file"]
     remedy = f"restore it from the repository, or train it again: python -m minilib.zoo train {name}"
-    if not path.is_file():
-        raise MissingFile(f"{name}: {path} does not exist; {remedy}")
-    data = path.read_bytes()
-    if len(data) != item["bytes"]:
-        raise TruncatedFile(f"{name}: {path} has {len(data)} bytes, zoo.toml says {item['bytes']}; {remedy}")
-    found = hashlib.sha256(data).hexdigest()
-    if found != item["sha256"]:
-        raise ChecksumMismatch(
-            f"{name}: sha256 of {path} is {found[:16]}..., zoo.toml says {item['sha256'][:16]}...; {remedy}"
-        )
-    return data
+    return read_verified(root or zoo_dir(), name, entry(name, root), "zoo.toml", remedy)
 
 
 def load(name: str, device: torch.device | str = "cpu", root: Path | None = None) -> nn.Module:

@@ -238,3 +238,26 @@ def test_an_unknown_checkpoint_is_refused(package):
 def test_bookkeeping_modules_exist():
     for name in keys.BOOKKEEPING:
         assert keys.module_path(name), f"{name} is no module; remove it from BOOKKEEPING"
+
+
+@pytest.mark.parametrize("package", ["attention", "data", "metrics", "models", "recipes"])
+def test_a_table_of_contents_has_no_code_of_its_own(package):
+    """Its changes do not count for the library key, so it may only say where things are."""
+    tree = ast.parse((keys.PACKAGE / package / "__init__.py").read_text())
+    for node in tree.body[1:]:
+        is_attach = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("lazy.attach(")
+        assert isinstance(node, ast.Import | ast.ImportFrom) or is_attach, ast.unparse(node)
+
+
+@pytest.mark.parametrize("package", ["attention", "data", "metrics", "models", "recipes"])
+def test_what_a_table_of_contents_promises_is_there(package):
+    import importlib
+    import types
+
+    module = importlib.import_module(f"minilib.{package}")
+    assert module.__all__
+    for name in module.__all__:
+        value = getattr(module, name)
+        # A function must not be hidden by the module of the same name.
+        if isinstance(value, types.ModuleType):
+            assert value.__name__ == f"minilib.{package}.{name}" and not hasattr(value, name)

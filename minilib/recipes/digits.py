@@ -1,15 +1,8 @@
-"""How each zoo model is trained and judged. One function a model; ``python -m minilib.zoo train NAME`` runs it.
-
-Training sees the training split only. Settings were chosen on the validation split. The figures in the model cards are measured
-on the test split, once, at the end.
-"""
+"""``oracle_digits`` and ``dit_digits``: the judge and the generator of 8 x 8 handwritten digits."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,97 +12,8 @@ from torch import Tensor, nn
 
 from minilib import zoo
 from minilib.data import ImageSet, load
+from minilib.recipes.base import Recipe, image_set_line
 from minilib.training import Batch, FitConfig, FitResult, fit
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A zoo model: how it is built, trained and judged."""
-
-    summary: str
-    config: FitConfig
-    run: Callable[[FitConfig, Path], FitResult]
-    evaluate: Callable[[nn.Module], dict[str, Any]]
-    picture: Callable[[nn.Module], bytes] | None = None
-    half: bool = False
-
-
-def train(
-    name: str, *, steps: int | None = None, out: Path | None = None, work: Path = Path("runs/zoo")
-) -> None:
-    """Train a zoo model, judge it on the test split, and write weights, card and entry.
-
-    An interrupted run goes on from its last checkpoint in ``work``.
-
-    Raises:
-        minilib.zoo.UnknownCheckpoint: no recipe of that name.
-    """
-    if name not in RECIPES:
-        raise zoo.UnknownCheckpoint(f"no recipe for {name!r}; known: {', '.join(sorted(RECIPES))}")
-    recipe = RECIPES[name]
-    config = recipe.config if steps is None else FitConfig(**(asdict(recipe.config) | {"steps": steps}))
-    checkpoint = work / f"{name}-{config.steps}.safetensors"
-    result = recipe.run(config, checkpoint)
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
-    metrics = recipe.evaluate(result.ema.cpu())
-    trained = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "machine": _machine(),
-        **asdict(config),
-    }
-    trained["betas"] = list(config.betas)
-    metadata = {"summary": recipe.summary, "recipe": trained, "metrics": metrics}
-    card = model_card(name, recipe, result.ema, trained, metrics)
-    picture = recipe.picture(result.ema) if recipe.picture else None
-    zoo.publish(name, result.ema, metadata=metadata, card=card, picture=picture, half=recipe.half, root=out)
-    print(card)
-
-
-def model_card(
-    name: str, recipe: Recipe, model: nn.Module, trained: dict[str, Any], metrics: dict[str, Any]
-) -> str:
-    """The card in Markdown: what it is, data, recipe, what was measured, licence, how to train it again."""
-    parameters = sum(p.numel() for p in model.parameters())
-    data = load("digits", "train")
-    config = ", ".join(f"{k}={v}" for k, v in model.config.items() if v is not None)
-    lines = [
-        f"# {name}",
-        "",
-        recipe.summary,
-        "",
-        f"- **Model**: `{type(model).__name__}({config})`, {parameters:,} parameters.",
-        f"- **Data**: {data.name}, training split only ({len(data)} images; sha256 `{data.checksum[:16]}`). "
-        f"Source: {data.source}. Licence of the data: {data.licence}.",
-        f"- **Recipe**: {', '.join(f'{k}={v}' for k, v in trained.items())}.",
-        f"- **Train it again**: `python -m minilib.zoo train {name}`, or under `accelerate launch -m`.",
-        "- **Licence of the weights**: Apache-2.0.",
-        "",
-        "## Measured on the test split",
-        "",
-        "| what | value |",
-        "|---|---|",
-        *[f"| {key.replace('_', ' ')} | {_cell(value)} |" for key, value in metrics.items()],
-        "",
-        *([f"![Samples of {name}, not chosen]({name}.png)", ""] if recipe.picture else []),
-    ]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -123,9 +27,12 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _run_oracle(config: FitConfig, checkpoint: Path) -> FitResult:
-    from minilib.models import OracleClassifier
+    return train_oracle(load("digits", "train"), config, checkpoint)
 
-    data = load("digits", "train")
+
+def train_oracle(data: ImageSet, config: FitConfig, checkpoint: Path) -> FitResult:
+    """A classifier of ``data``, trained on images moved by up to a pixel and with a little noise, as generated ones have."""
+    from minilib.models import OracleClassifier
 
     def make_batch(generator: torch.Generator, n: int) -> Batch:
         pick = torch.randint(len(data), (n,), generator=generator)
@@ -137,7 +44,7 @@ def _run_oracle(config: FitConfig, checkpoint: Path) -> FitResult:
 
     torch.manual_seed(config.seed)
     return fit(
-        OracleClassifier(),
+        OracleClassifier(image_size=data.x.shape[-1], num_classes=data.num_classes),
         loss,
         make_batch,
         config,
@@ -148,9 +55,14 @@ def _run_oracle(config: FitConfig, checkpoint: Path) -> FitResult:
 
 
 def _evaluate_oracle(model: nn.Module) -> dict[str, Any]:
+    return judge_oracle(model, load("digits", "train"), load("digits", "test"))
+
+
+def judge_oracle(model: nn.Module, train: ImageSet, test: ImageSet) -> dict[str, Any]:
+    """Accuracy of a judge on real held-out images, and the floor and ceiling of its Fréchet distance."""
     from minilib.metrics import class_accuracy, features, frechet_distance
 
-    train, test, noise = load("digits", "train"), load("digits", "test"), torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(0)
     f_train = features(model, train.x)
     random = torch.randn(test.x.shape, generator=noise).clamp(-1, 1)
     return {
@@ -214,15 +126,14 @@ def sample_digits(
     return sample_final(guided, sampling_scheduler(), noise, num_inference_steps=steps).clamp(-1, 1)
 
 
-def judge_digits(
-    model: nn.Module, held_out: ImageSet, guidance_scale: float, seed: int = 0
-) -> dict[str, float]:
-    """Accuracy, Fréchet distance over its floor, precision to coverage, and the copy check of one set of samples."""
+def judge_samples(oracle: nn.Module, x: Tensor, held_out: ImageSet, train: ImageSet) -> dict[str, float]:
+    """Accuracy, Fréchet distance over its floor, precision to coverage, and the copy check of one set of samples.
+
+    ``x`` are samples of the classes ``held_out.y``, in that order.
+    """
     from minilib.metrics import class_accuracy, features, frechet_report, memorisation
     from minilib.metrics import precision_recall_density_coverage as prdc
 
-    oracle, train = zoo.load("oracle_digits"), load("digits", "train")
-    x = sample_digits(model, held_out.y, guidance_scale, seed=seed)
     fd = frechet_report(oracle, x, train.x, held_out.x)
     manifold = prdc(features(oracle, held_out.x), features(oracle, x))
     copies = memorisation(x, train.x, held_out.x)
@@ -240,6 +151,14 @@ def judge_digits(
     }
 
 
+def judge_digits(
+    model: nn.Module, held_out: ImageSet, guidance_scale: float, seed: int = 0
+) -> dict[str, float]:
+    """:func:`judge_samples` of a model with ``dit_digits``' schedule and prediction."""
+    x = sample_digits(model, held_out.y, guidance_scale, seed=seed)
+    return judge_samples(zoo.load("oracle_digits"), x, held_out, load("digits", "train"))
+
+
 def _evaluate_dit(model: nn.Module) -> dict[str, Any]:
     test = load("digits", "test")
     metrics: dict[str, Any] = {"sampler": "DPM-Solver++ 2M, 25 steps", "n": len(test)}
@@ -249,6 +168,10 @@ def _evaluate_dit(model: nn.Module) -> dict[str, Any]:
 
 
 def _picture_dit(model: nn.Module) -> bytes:
+    return class_grid(lambda y, scale: sample_digits(model, y, scale, seed=0))
+
+
+def class_grid(draw: Callable[[Tensor, float], Tensor]) -> bytes:
     """Samples, not chosen: ten columns, one a class; three rows without guidance, three with guidance_scale 2."""
     import io
 
@@ -257,7 +180,7 @@ def _picture_dit(model: nn.Module) -> bytes:
     from minilib.plotting import finish, show_images, style
 
     y = torch.arange(10).repeat(3)
-    x = torch.cat([sample_digits(model, y, scale, seed=0) for scale in (1.0, 2.0)])
+    x = torch.cat([draw(y, scale) for scale in (1.0, 2.0)])
     with style():
         fig, ax = plt.subplots(figsize=(6, 3.7))
         rows = ["guidance 1", "", "", "guidance 2", "", ""]
@@ -273,6 +196,7 @@ RECIPES: dict[str, Recipe] = {
         config=FitConfig(steps=4000, batch_size=128, lr=2e-3, ema_decay=0.99, weight_decay=1e-4),
         run=_run_oracle,
         evaluate=_evaluate_oracle,
+        data=lambda: image_set_line(load("digits", "train")),
     ),
     "dit_digits": Recipe(
         summary="A class-conditional DiT on 8x8 handwritten digits: patch 1, 64 tokens, width 96, 8 blocks, "
@@ -288,6 +212,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         run=_run_dit,
         evaluate=_evaluate_dit,
+        data=lambda: image_set_line(load("digits", "train")),
         picture=_picture_dit,
         half=True,
     ),
