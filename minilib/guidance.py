@@ -81,7 +81,7 @@ def _one_of(y: Tensor | None, cond: Condition | None) -> None:
 def _call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, cond: Condition | None) -> Tensor:
     if cond is None:
         return model(x, t, y)
-    return model(x, t, None, **cond) if isinstance(cond, Mapping) else model(x, t, None, cond=cond)
+    return model(x, t, **cond) if isinstance(cond, Mapping) else model(x, t, None, cond=cond)
 
 
 def _join(a: Tensor | Mapping[str, Tensor], b: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:

@@ -20,6 +20,9 @@ from minilib.training import Batch, LossFn, MakeBatch
 
 Times = Callable[[int, torch.Generator], Tensor]
 
+#: The condition of a batch that brings text states in place of ``y``: the fields of ``minilib.models.TextStates``.
+TEXT_STATES = ("context", "context_mask", "pooled")
+
 
 def uniform_timesteps(num_train_timesteps: int = 1000) -> Times:
     """Integer times, all equally likely: DDPM's choice (Ho et al., 2020, algorithm 1)."""
@@ -70,11 +73,13 @@ def flow_matching_loss(model: nn.Module, batch: Batch) -> Tensor:
     """``E || v(x_t, t) - (noise - x0) ||^2`` on the straight path ``x_t = (1 - s) x0 + s noise``, ``s = t / 1000``.
 
     Lipman et al., 2023, arXiv 2210.02747; Liu et al., 2023, arXiv 2209.03003; in the direction of Esser et al., 2024,
-    arXiv 2403.03206 (s = 1 is noise).
+    arXiv 2403.03206 (s = 1 is noise). The condition is ``y`` (labels or token rows), or text states under the names that the
+    model gives its arguments (``TEXT_STATES``).
     """
     s = (batch["t"] / 1000.0).reshape(-1, *[1] * (batch["x0"].ndim - 1))
     x_t = (1 - s) * batch["x0"] + s * batch["noise"]
-    prediction = model(x_t, batch["t"], batch["y"])
+    states = {name: batch[name] for name in TEXT_STATES if name in batch}
+    prediction = model(x_t, batch["t"], **states) if states else model(x_t, batch["t"], batch["y"])
     return F.mse_loss(prediction.float(), batch["noise"] - batch["x0"])
 
 

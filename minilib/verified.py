@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,52 @@ def read_verified(folder: Path, name: str, item: Mapping[str, Any], table: str, 
             f"{name}: sha256 of {path} is {found[:16]}..., {table} says {item['sha256'][:16]}...; {remedy}"
         )
     return data
+
+
+@dataclass(frozen=True)
+class VerifiedTable:
+    """A TOML table of files that ship with the library, and the files, in one folder.
+
+    Args:
+        file: name of the table.
+        folder: where table and files are, unless a method is given another ``root``.
+        kind: what an entry is, for messages.
+        unknown: what to raise for a name that is not in the table.
+        remedy: what to do about a bad file, for messages; ``{name}`` is the entry's name.
+    """
+
+    file: str
+    folder: Callable[[], Path]
+    kind: str
+    unknown: type[VerificationError]
+    remedy: str
+
+    def entries(self, root: Path | None = None) -> dict[str, dict[str, Any]]:
+        """All entries, by name."""
+        path = (root or self.folder()) / self.file
+        return tomllib.loads(path.read_text()) if path.is_file() else {}
+
+    def names(self, root: Path | None = None) -> list[str]:
+        """Names of all entries, sorted."""
+        return sorted(self.entries(root))
+
+    def entry(self, name: str, root: Path | None = None) -> dict[str, Any]:
+        """One entry; an unknown name raises ``unknown``."""
+        known = self.entries(root)
+        if name not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise self.unknown(f"unknown {self.kind} {name!r}; known: {listed}")
+        return known[name]
+
+    def checksum(self, name: str, root: Path | None = None) -> str:
+        """The recorded sha256 of a file."""
+        return str(self.entry(name, root)["sha256"])
+
+    def read(self, name: str, root: Path | None = None) -> bytes:
+        """The file's bytes, verified against size and sha256.
+
+        Raises:
+            MissingFile, TruncatedFile, ChecksumMismatch: each says what was found and what to do.
+        """
+        remedy = self.remedy.format(name=name)
+        return read_verified(root or self.folder(), name, self.entry(name, root), self.file, remedy)

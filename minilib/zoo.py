@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from minilib.verified import (
     MissingFile,
     TruncatedFile,
     VerificationError,
-    read_verified,
+    VerifiedTable,
 )
 
 __all__ = [
@@ -59,34 +58,16 @@ class UnknownCheckpoint(ZooError, KeyError):
     __str__ = RuntimeError.__str__
 
 
-def entries(root: Path | None = None) -> dict[str, dict[str, Any]]:
-    """All entries of ``zoo.toml``, by name."""
-    path = (root or zoo_dir()) / "zoo.toml"
-    return tomllib.loads(path.read_text()) if path.is_file() else {}
+_TABLE = VerifiedTable(
+    file="zoo.toml",
+    folder=lambda: zoo_dir(),  # looked up at each call, as the folder can be set
+    kind="checkpoint",
+    unknown=UnknownCheckpoint,
+    remedy="restore it from the repository, or train it again: python -m minilib.zoo train {name}",
+)
 
-
-def names(root: Path | None = None) -> list[str]:
-    """Names of all checkpoints."""
-    return sorted(entries(root))
-
-
-def entry(name: str, root: Path | None = None) -> dict[str, Any]:
-    """One entry. Raises :class:`UnknownCheckpoint`."""
-    known = entries(root)
-    if name not in known:
-        raise UnknownCheckpoint(f"unknown checkpoint {name!r}; known: {', '.join(sorted(known)) or 'none'}")
-    return known[name]
-
-
-def checksum(name: str, root: Path | None = None) -> str:
-    """The recorded sha256 of a checkpoint."""
-    return str(entry(name, root)["sha256"])
-
-
-def read(name: str, root: Path | None = None) -> bytes:
-    """The file's bytes, verified against size and sha256."""
-    remedy = f"restore it from the repository, or train it again: python -m minilib.zoo train {name}"
-    return read_verified(root or zoo_dir(), name, entry(name, root), "zoo.toml", remedy)
+entries, names, entry = _TABLE.entries, _TABLE.names, _TABLE.entry
+checksum, read = _TABLE.checksum, _TABLE.read
 
 
 def load(name: str, device: torch.device | str = "cpu", root: Path | None = None) -> nn.Module:

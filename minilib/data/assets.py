@@ -8,7 +8,6 @@ The files are built by ``python -m minilib.data.build``; reading them needs no p
 from __future__ import annotations
 
 import io
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minilib.resources import zoo_dir
-from minilib.verified import VerificationError, read_verified
+from minilib.verified import VerificationError, VerifiedTable
 
 TABLE = "assets.toml"
 
@@ -32,38 +31,16 @@ def data_dir() -> Path:
     return zoo_dir().parent / "data"
 
 
-def entries(root: Path | None = None) -> dict[str, dict[str, Any]]:
-    """All entries of ``assets.toml``, by name."""
-    path = (root or data_dir()) / TABLE
-    return tomllib.loads(path.read_text()) if path.is_file() else {}
+_TABLE = VerifiedTable(
+    file=TABLE,
+    folder=lambda: data_dir(),  # looked up at each call, as the folder can be set
+    kind="asset",
+    unknown=UnknownAsset,
+    remedy="restore it from the repository, or build it again: python -m minilib.data.build {name}",
+)
 
-
-def names(root: Path | None = None) -> list[str]:
-    """Names of all assets."""
-    return sorted(entries(root))
-
-
-def entry(name: str, root: Path | None = None) -> dict[str, Any]:
-    """One entry. Raises :class:`UnknownAsset`."""
-    known = entries(root)
-    if name not in known:
-        raise UnknownAsset(f"unknown asset {name!r}; known: {', '.join(sorted(known)) or 'none'}")
-    return known[name]
-
-
-def checksum(name: str, root: Path | None = None) -> str:
-    """The recorded sha256 of an asset."""
-    return str(entry(name, root)["sha256"])
-
-
-def read(name: str, root: Path | None = None) -> bytes:
-    """The asset's bytes, verified.
-
-    Raises:
-        UnknownAsset, MissingFile, TruncatedFile, ChecksumMismatch: each says what was found and what to do.
-    """
-    remedy = f"restore it from the repository, or build it again: python -m minilib.data.build {name}"
-    return read_verified(root or data_dir(), name, entry(name, root), TABLE, remedy)
+entries, names, entry = _TABLE.entries, _TABLE.names, _TABLE.entry
+checksum, read = _TABLE.checksum, _TABLE.read
 
 
 def open_npz(name: str, root: Path | None = None) -> dict[str, np.ndarray]:

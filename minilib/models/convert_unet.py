@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state_dicts import ConversionError, Row, StateDict, check_state, to_ours, to_theirs
+from .state_dicts import (
+    ConversionError,
+    Row,
+    StateDict,
+    check_state,
+    refuse_other_options,
+    to_ours,
+    to_theirs,
+)
 from .unet import UNet
 
 #: Options of ``UNet2DConditionModel`` that change what it computes, and the one value that this U-Net computes with.
@@ -83,7 +91,7 @@ def unet_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConversionError: an option that this U-Net does not have; the message names it.
     """
-    _refuse_other_options(config)
+    refuse_other_options(config, "UNet2DConditionModel", "this U-Net", FIXED, IRRELEVANT | TRANSLATED.keys())
     c = {name: _one_value(name, config.get(name, default)) for name, default in TRANSLATED.items()}
     levels = len(c["block_out_channels"])
     size = config.get("sample_size")
@@ -101,18 +109,6 @@ def unet_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": c["norm_eps"],
         "pooled_dim": _pooled_dim(c["class_embed_type"], c["projection_class_embeddings_input_dim"]),
     }
-
-
-def _refuse_other_options(config: Mapping[str, Any]) -> None:
-    for name, value in config.items():
-        if name.startswith("_") or name in IRRELEVANT or name in TRANSLATED:
-            continue
-        if name not in FIXED:
-            raise ConversionError(f"unknown option {name!r} of UNet2DConditionModel")
-        if value != FIXED[name]:
-            raise ConversionError(
-                f"this U-Net computes with {name} = {FIXED[name]!r}, the configuration has {value!r}"
-            )
 
 
 def _one_value(name: str, value: Any) -> Any:

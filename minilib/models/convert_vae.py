@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state_dicts import ConversionError, Row, StateDict, check_state, linear_rows, to_ours, to_theirs
+from .state_dicts import (
+    ConversionError,
+    Row,
+    StateDict,
+    check_state,
+    linear_rows,
+    refuse_other_options,
+    to_ours,
+    to_theirs,
+)
 from .vae import ConvVAE
 
 #: Options of ``AutoencoderKL`` that change what it computes, and the one value that this autoencoder computes with.
@@ -58,15 +67,7 @@ def vae_config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConversionError: an option that this autoencoder does not have; the message names it.
     """
-    for name, value in config.items():
-        if name.startswith("_") or name in IRRELEVANT or name in TRANSLATED:
-            continue
-        if name not in FIXED:
-            raise ConversionError(f"unknown option {name!r} of AutoencoderKL")
-        if value != FIXED[name]:
-            raise ConversionError(
-                f"this autoencoder computes with {name} = {FIXED[name]!r}, the configuration has {value!r}"
-            )
+    refuse_other_options(config, "AutoencoderKL", "this autoencoder", FIXED, IRRELEVANT | TRANSLATED.keys())
     c = {name: config.get(name, default) for name, default in TRANSLATED.items()}
     levels = len(c["block_out_channels"])
     for name in ("down_block_types", "up_block_types"):

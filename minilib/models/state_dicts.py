@@ -1,8 +1,8 @@
 """Renaming and reshaping state dicts by a table, so that one table serves both directions and a round trip is exact."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -70,6 +70,32 @@ def to_ours(state: StateDict, table: list[Row]) -> dict[str, Tensor]:
                     )
             result[row.ours] = tensors[0]
     return result
+
+
+def refuse_other_options(
+    config: Mapping[str, Any], source: str, ours: str, fixed: Mapping[str, Any], known: Collection[str]
+) -> None:
+    """Go through a diffusers configuration and let only through what can be computed here.
+
+    Args:
+        config: option names and values; names that begin with an underscore are ignored.
+        source: the class the configuration is of, for messages.
+        ours: what it is to become, for messages.
+        fixed: options that change what is computed, and the one value each may have.
+        known: names of all other options.
+
+    Raises:
+        ConversionError: an unknown option, or another value than the fixed one; the message names it.
+    """
+    for name, value in config.items():
+        if name.startswith("_") or name in known:
+            continue
+        if name not in fixed:
+            raise ConversionError(f"unknown option {name!r} of {source}")
+        if value != fixed[name]:
+            raise ConversionError(
+                f"{ours} computes with {name} = {fixed[name]!r}, the configuration has {value!r}"
+            )
 
 
 def check_state(state: StateDict, expected: StateDict, source: str) -> None:

@@ -110,15 +110,13 @@ def image_set_line(data: ImageSet) -> str:
 
 def progress_log(name: str) -> Callable[[int, nn.Module, float], None]:
     """A callback for ``fit`` that writes a line a call to stderr: step, loss, CPU seconds a step. For runs without a terminal."""
-    state = {"step": 0, "cpu": time.process_time()}
+    state: dict[str, float] = {}
 
     def log(step: int, ema: nn.Module, loss: float) -> None:
         now = time.process_time()
-        rate = (now - state["cpu"]) / max(step - state["step"], 1)
+        rate = f"{(now - state['cpu']) / (step - state['step']):.3f}" if state else "-"
         clock = time.strftime("%H:%M:%S")
-        print(
-            f"{clock} {name} step {step} loss {loss:.4f} {rate:.3f} CPU-s/step", file=sys.stderr, flush=True
-        )
+        print(f"{clock} {name} step {step} loss {loss:.4f} {rate} CPU-s/step", file=sys.stderr, flush=True)
         state.update(step=step, cpu=now)
 
     return log

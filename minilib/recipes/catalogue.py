@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minilib import zoo
-from minilib.recipes import digits, generators, mnist, shapes, vae, vit
+from minilib.recipes import digits, emoji, generators, mnist, shapes, vae, vit
 from minilib.recipes.base import Recipe, carry_out
 
 RECIPES: dict[str, Recipe] = {
@@ -13,6 +13,7 @@ RECIPES: dict[str, Recipe] = {
     **mnist.RECIPES,
     **shapes.RECIPES,
     **generators.RECIPES,
+    **emoji.RECIPES,
     **vae.RECIPES,
     **vit.RECIPES,
 }

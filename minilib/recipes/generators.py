@@ -183,13 +183,19 @@ RECIPES: dict[str, Recipe] = {
         ),
         half=True,
     ),
-    "unet_shapes16": _unet(16, 1, 12_000),
+    "unet_shapes16": _unet(16, 1, 9_000),
     "unet_shapes32": _unet(32, 2, 12_000),
     "mmdit_shapes": Recipe(
         summary="A text MM-DiT as in Stable Diffusion 3, for scenes of 16 x 16 pixels: two streams, 64 image tokens of 2 x 2 "
         "pixels with 2-D rotary positions, width 96, 6 blocks, rectified flow with logit-normal times, 10 % caption dropout.",
         config=FitConfig(
-            steps=10_000, batch_size=64, lr=1.5e-3, ema_decay=0.999, warmup=300, decay_fraction=0.4
+            steps=6_000,
+            batch_size=64,
+            lr=1.5e-3,
+            ema_decay=0.999,
+            warmup=300,
+            decay_fraction=0.4,
+            mixed_precision="bf16",
         ),
         run=run_scenes("mmdit_shapes", _build_mmdit, _flow, _mmdit_batches(16)),
         evaluate=evaluate_scenes(16, flow_scheduler, "Euler, 25 steps"),

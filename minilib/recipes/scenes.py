@@ -15,6 +15,16 @@ from minilib.recipes.base import rows_png
 from minilib.recipes.shapes import TEST_SEED
 from minilib.training import Batch, MakeBatch
 
+#: The noise schedule of the U-Nets: Stable Diffusion's betas, velocity prediction.
+UNET_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+}
+
 
 def scene_batches(
     size: int,
@@ -46,30 +56,14 @@ def unet_scheduler() -> Any:
     """
     from minilib.schedulers import DDPMScheduler
 
-    return DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-    )
+    return DDPMScheduler(**UNET_SCHEDULE)
 
 
 def ddim_scheduler() -> Any:
     """The solver to sample the U-Nets with: DDIM on the same betas."""
     from minilib.schedulers import DDIMScheduler
 
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-    )
+    return DDIMScheduler(**UNET_SCHEDULE, set_alpha_to_one=False, timestep_spacing="trailing")
 
 
 def flow_scheduler() -> Any:
