@@ -183,7 +183,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         half=True,
     ),
-    "unet_shapes16": _unet(16, 1, 9_000),
+    "unet_shapes16": _unet(16, 1, 7_000),
     "unet_shapes32": _unet(32, 2, 12_000),
     "mmdit_shapes": Recipe(
         summary="A text MM-DiT as in Stable Diffusion 3, for scenes of 16 x 16 pixels: two streams, 64 image tokens of 2 x 2 "

@@ -110,7 +110,7 @@ run.show_settings()
 # **Zero.** The linear layer that makes the six vectors starts at zero. Then both gates $\alpha$ are zero, and equation {eq}`eq-dit-block-block` says $h \leftarrow h$. Whatever their number, the blocks start as the
 # identity, and they switch themselves on as the gates learn. That is *adaLN-Zero*. (The network as a whole starts by saying zero: its last layer starts at zero, too.)
 #
-# The paper cuts no pixels. An autoencoder first turns an image of $256 \times 256$ pixels into a *latent*, an array of $32 \times 32$ places and 4 channels {cite:p}`rombach2022high`, and DiT works on
+# The paper cuts no pixels. An autoencoder first turns an image of $256 \times 256$ pixels into a *latent*, an array of $32 \times 32$ places and 4 channels {cite:p}`ldm`, and DiT works on
 # that. Here the images are
 # small enough to do without.
 

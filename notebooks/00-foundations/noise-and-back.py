@@ -142,7 +142,7 @@ run.record("one-jump", list(gaps.values()))
 # What a denoiser can know depends on the **signal-to-noise ratio** alone, $\mathrm{SNR}_t = \alpha_t^2 / \sigma_t^2$: scaling its input by a known factor changes nothing. A schedule is a curve of log-SNR over time,
 # and a decision on which noise levels to spend training and sampling steps.
 #
-# - *Linear* $\beta_t$ {cite:p}`ho2020denoising`; *scaled linear*, linear in $\sqrt{\beta_t}$, of latent diffusion {cite:p}`rombach2022high`; *cosine* {cite:p}`nichol2021improved`.
+# - *Linear* $\beta_t$ {cite:p}`ho2020denoising`; *scaled linear*, linear in $\sqrt{\beta_t}$, of latent diffusion {cite:p}`ldm`; *cosine* {cite:p}`nichol2021improved`.
 # - All three stop short of pure noise (cosine by very little). Sampling starts from pure noise nevertheless. {cite:t}`lin2024common` rescale a schedule so that it ends at $\mathrm{SNR} = 0$ exactly; {doc}`the next page </notebooks/00-foundations/samplers>` measures what the gap does.
 #
 # The right schedule depends on the image size. Enlarge an image $k$ times by repeating its pixels, and add noise: the mean over each block of $k \times k$ pixels is the small image again, with noise of $\sigma / k$. So a large image at the same

@@ -365,7 +365,7 @@ run.record("inversion", [a / b for a, b in pairwise(missed)])
 # - The mean of DDPM's step is the exact mean of $z'$ given $z$. (Its variance is not: it leaves out the doubt about $x_0$.) Here all means are linear in $z$, so they chain, and the samples' mean is $\mathbb{E}[x_0 \mid z_T]$. The share left is $c^2 / (c^2 + s_T^2)$: the square. The offset is *forgotten* much more, with any number of steps.
 # - If $s_T = \infty$ (zero terminal SNR, a signal-to-noise ratio of zero) the share is zero for both. There $\hat\epsilon$ says nothing about $x_0$, so the network has to predict $v$; and the library works in $x_t$, which stays finite.
 #
-# We measure it with latent diffusion's schedule ("scaled linear", {cite:t}`rombach2022high`), which stops early. **Spacing** decides where a sampler begins: `trailing` and `linspace` at the last training step, `leading` about one step before it: with few steps, at a level where data still shine through
+# We measure it with latent diffusion's schedule ("scaled linear", {cite:t}`ldm`), which stops early. **Spacing** decides where a sampler begins: `trailing` and `linspace` at the last training step, `leading` about one step before it: with few steps, at a level where data still shine through
 # {cite:p}`lin2024common`. A start at $x = 0$ is the mean of all starts, and it gives the mean of all samples.
 
 # %%
