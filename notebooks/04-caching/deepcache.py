@@ -15,6 +15,8 @@
 #
 # From one denoising step to the next the deep layers of a U-Net compute almost the same thing. {cite:t}`deepcache` compute them once in $N$ steps, keep the result, and in the steps between run only the outermost layers:
 # the sampler gets faster, and nothing is trained.
+#
+# The cache does what the paper says. But the main comparison of this page goes against it: on this book's small scenes the plainest rival, the same sampler with fewer steps, comes nearer to the full sampler for the same number of operations. What that does and does not mean is said under the results.
 
 # %% tags=["remove-cell"]
 # On Colab this installs the library and leaves the torch that is there alone; elsewhere it does nothing.
@@ -100,7 +102,7 @@ run.show_card()
 # %% [markdown]
 # ## Settings
 #
-# The model is this book's text-to-image U-Net. It draws scenes of one to three coloured shapes from a caption. It is small, but built like Stable Diffusion's: three resolutions, nine skip connections, text read by
+# The model is this book's text-to-image U-Net. It draws scenes of one to three coloured shapes from a caption. It is small, but built like Stable Diffusion's, with three resolutions instead of four and nine skip connections instead of twelve; it too reads text by
 # cross-attention. It predicts the velocity $v = \alpha_t \epsilon - \sigma_t x_0$ (see {doc}`/conventions`), as Stable Diffusion 2 does; nothing in the method depends on that. Every seed below has its own held-out captions and its own noise. All arms of a seed share them.
 
 # %%
@@ -113,7 +115,7 @@ run.show_settings()
 # A U-Net has two paths. The *main branch* goes down through ever coarser resolutions, through the middle, and up again. *Skip connections* shorten the way: what the encoder had at some depth is handed straight to the decoder
 # at the same depth. So each unit of the decoder reads two things: the main branch, which has been through everything below, and a skip, which has not.
 #
-# Number the skips from 0, the outermost, to 8, the innermost. Let $F_b(x_t, t)$ be the main branch as it enters the decoder unit that reads skip $b$. It summarises all that is deeper than $b$. The observation of the paper: along a
+# Number the skips from 0, the outermost, to 8, the innermost. Let $F_b(x_t, t)$ be the main branch as it enters the decoder unit that reads skip $b$, for the noisy image $x_t$ at time $t$. It summarises all that is deeper than $b$. The observation of the paper: along a
 # sampler's way $F_b$ changes slowly. The method follows at once. Choose a branch $b$ and an interval $N$.
 #
 # - **Full step**, once in $N$ steps: run the whole network. Keep $F_b$.
@@ -188,9 +190,9 @@ def guided(model, tokens, refreshes, b=0, call=deep_cache, scale=3.0, watch=None
 # %% [markdown]
 # ### Is it what we say it is?
 #
-# Six things must hold exactly. With $N = 1$ the sampler must be the plain one, bit for bit. The numbers of full and cached calls must be $\lceil T/N \rceil$ and $T - \lceil T/N \rceil$, $T$ being the number of steps. In a cached call no module deeper than $b$ may
+# Five things must hold here; a sixth, the cost, follows below. With $N = 1$ the sampler must be the plain one, bit for bit. The numbers of full and cached calls must be $\lceil T/N \rceil$ and $T - \lceil T/N \rceil$, $T$ being the number of steps. In a cached call no module deeper than $b$ may
 # run. The library has a general cache, which knows nothing of U-Nets: it makes any named modules hand out their old outputs. Told to do so for all modules deeper than $b$, it must give the same images. And to keep the whole prediction must be
-# DDIM with fewer steps.
+# DDIM with fewer steps, up to rounding.
 
 # %%
 few, noise = (
@@ -382,9 +384,9 @@ for b, cost in sd_cost.items():
 run.record("real-size", sd_ratio(5, 1))
 
 # %% [markdown]
-# These factors are bounds: time also goes into what is not counted, and into the parts around the U-Net. The paper's headline is $2.3\times$ for 50 steps. The
+# These factors are bounds in practice: time also goes into what is not counted, and into the parts around the U-Net. The paper's headline is $2.3\times$ for 50 steps. The
 # [documentation of diffusers](https://huggingface.co/docs/diffusers/optimization/deepcache) reports measured times for Stable Diffusion 2.1, whose U-Net has almost the same shape: at 512 pixels and batch 8,
-# $2.32\times$ for $N = 3$, $b = 0$; $3.18\times$ for $N = 5$, $b = 0$; $2.20\times$ for $N = 5$, $b = 1$. All lie below the bounds, in the same order.
+# $2.32\times$ for $N = 3$, $b = 0$; $3.18\times$ for $N = 5$, $b = 0$; $2.20\times$ for $N = 5$, $b = 1$. All lie below the bounds. The order is not quite the same: $N = 5$, $b = 1$ saves more operations than $N = 3$, $b = 0$, but less time.
 #
 # :::{admonition} In the released code
 # :class: tip
@@ -398,7 +400,7 @@ run.record("real-size", sd_ratio(5, 1))
 # ## The experiment
 #
 # The sampler is DDIM with 50 steps and guidance 3. Caching and its rivals start from the same noise and captions. We measure how near each comes to the image of the full sampler: the peak signal-to-noise ratio (PSNR) to that reference, in decibels. Twenty decibels more
-# are a tenth of the error.
+# are a tenth of the error (root mean square). For scale: an error of one grey level in 255 is 48 dB; differences above that can hardly be seen.
 #
 # :::{table} The arms. Each rival may use at least as many MACs as the arm that it is compared with.
 # :name: tab-deepcache-arms
@@ -419,16 +421,16 @@ run.record("real-size", sd_ratio(5, 1))
 #
 # Four of these need a word.
 #
-# **The other way round** is the mirror image. The decoder unit that reads skip 0 gets a fresh main branch and an *old* skip. It saves nothing, so it has every advantage. If depth is what changes slowly, an old skip should do more harm than an old main branch.
+# **The other way round** is the mirror image. The decoder unit that reads skip 0 gets a fresh main branch and an *old* skip. It saves nothing, so it has every advantage: all that could be fresh, except that skip, is fresh. If depth is what changes slowly, an old skip should do more harm than an old main branch.
 #
-# **No caption.** Here a caption settles nearly everything in a scene. The sampler then has little to decide, its way from noise to image is nearly straight, and long steps do little harm: the rival's best case. With the empty caption the model draws any scene it likes.
+# **No caption.** Here a caption settles nearly everything in a scene. The sampler then has little to decide, its way from noise to image is nearly straight, and long steps do little harm: the rival's best case. With the empty caption the model draws any scene it likes. (Both questions of the guidance are then the same, so guidance does nothing: two things change at once.)
 #
-# **Non-uniform.** The paper spaces full steps unevenly: points are spread evenly over $u$ and steps are $c + u^p$, so that they lie densest around a centre step $c$. The released script uses $p = 1.4$, $c = 15$ of 50, and so do we. For steps before $c$ this needs a power of a
+# **Non-uniform.** For long intervals the paper also spaces full steps unevenly: points are spread evenly over $u$ and steps are $c + u^p$, so that they lie densest around a centre step $c$. The released script uses $p = 1.4$, $c = 15$ of 50, and so do we. For steps before $c$ this needs a power of a
 # negative number. We try both readings. One is $\operatorname{sign}(u) |u|^p$. The other is what the script computes: Python's power of a negative number is complex, and numpy keeps the real part.
 #
 # **Near-exact.** Which way does the reference lean? DDIM is a first-order method: with $K$ steps its error is roughly proportional to $1/K$, and it points the same way for all large $K$. The reference has an error of its own, proportional to $1/50$. So the distance between the two goes as $1/K - 1/50$: measured against
 # DDIM with 50 steps, fewer steps look better than they are, since part of their error is in the reference too. We therefore look at a second reference: the solution of the same differential equation with many steps of a second-order solver, DPM-Solver++ {cite:p}`lu2022dpm`, ending at the same noise level. It belongs to none of the arms in
-# the comparison of caching with DDIM.
+# the comparison of caching with DDIM. It does share its solver with the arms of DPM-Solver++, and flatters those, though less: a second-order error falls faster with the number of steps.
 
 
 # %%
@@ -551,7 +553,7 @@ def film(plan, b=2, seed=0):
 ran, aims = film(uniform_refreshes(T, 5))
 _, full_aims = film(range(T))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: a grid, 19 units of the network by the steps of the sampler. Every fifth column is filled from top to bottom; in the others only the first three rows and the last three are filled, in another colour. Below: two rows of small images, from a blur to a scene of coloured shapes, and a row of their difference."}, "figure": {"caption": "The picture to remember. Above: what runs at each step with $N = 5$ and $b = 2$; rows are the units of the network from input to output. Blue: a full step. Orange: all that a cached step runs. White: nothing runs, what was kept is used. Below: the clean image that the network aims at, after every fifth step; what caching changed is magnified four times, grey is zero. One caption, not chosen.", "name": "fig-deepcache-film"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: a grid, 19 units of the network by the steps of the sampler. Every fifth column is filled from top to bottom; in the others only the first three rows and the last three are filled, in another colour. Below: two rows of small images, from a blur to a scene of coloured shapes, and a row of their difference."}, "figure": {"caption": "The picture to remember. Above: what runs at each step with $N = 5$ and $b = 2$; rows are the units of the network from input to output. Blue: a full step. Orange: all that a cached step runs. White: nothing runs, what was kept is used. Below: the clean image that the network aims at, after every fifth step, when the cache is oldest; what caching changed is magnified four times, grey is zero. One caption, not chosen.", "name": "fig-deepcache-film"}}
 shown = list(range(4, T, 5))
 fig, (top, *rows) = plt.subplots(4, 1, figsize=(7, 5.0), height_ratios=(3.4, 1, 1, 1), layout="constrained")
 grid = ran.int() * (1 + (~ran.all(0)).int())  # 0: did not run, 1: in a full step, 2: in a cached step
@@ -602,7 +604,7 @@ for i, b in enumerate((0, 2)):
     means = {lag: f"{v:.4f}" for lag, v in zip(lags, by_lag[i].mean(0).tolist(), strict=True)}
     print(f"branch {b}: mean similarity by lag {means}; different images {floor[i].mean():.2f}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: a square map, step against step, bright along the diagonal, darker away from it. Right: one minus the similarity of neighbouring steps on a logarithmic axis: for branch 0 it rises along the whole way, for branch 2 it has a hump in the first half and rises again at the end; far above, dashed lines for different images."}, "figure": {"caption": "How alike the kept features are. Left: cosine similarity of $F_2$ at any two steps of the full sampler. Right: what neighbouring steps lack to similarity 1, on a logarithmic axis; band: 90 % interval over seeds. Dashed: the same for two different images at one step.", "name": "fig-deepcache-alike"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: a square map, step against step, bright along the diagonal, darker away from it. Right: one minus the similarity of neighbouring steps on a logarithmic axis: for branch 0 it rises along the whole way, for branch 2 it has a hump in the first half and rises again at the end; far above, dashed lines for different images."}, "figure": {"caption": "How alike the kept features are. Left: cosine similarity of $F_2$ at any two steps of the full sampler. Right: what neighbouring steps lack to similarity 1, on a logarithmic axis; band, hardly wider than the line: 90 % interval over seeds. Dashed: the same for two different images at one step. Dotted: the similarity that the claim *redundancy* asks for.", "name": "fig-deepcache-alike"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", width_ratios=(1, 1.15))
 picture = left.imshow(alike[1].mean(0), cmap="viridis", vmax=1, origin="lower")
 left.set(xlabel="step", ylabel="step")
@@ -661,7 +663,7 @@ print(
 )
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, PSNR against cost. Left, to the full DDIM sampler: three lines that rise with cost, one for DDIM with fewer steps, one each for DeepCache at branches 0 and 2; the lines for DeepCache are steeper. Right, to the near-exact solution: the same three lines rise towards a dotted line, the error of the full DDIM sampler; two more for DPM-Solver++, with fewer steps and cached."}, "figure": {"caption": "Nearness against cost. Left: to DDIM with all its steps, which is what DeepCache imitates. Right: to the near-exact solution; dotted: DDIM with all its steps. Points on one line differ in $N$, or in the number of steps. Bars: 90 % intervals over seeds, each with its own captions.", "name": "fig-deepcache-pareto"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, PSNR against cost. Left, to the full DDIM sampler: three lines that rise with cost, one for DDIM with fewer steps, one each for DeepCache at branches 0 and 2; the line of DDIM lies above both everywhere, closest to branch 2 at short intervals. Right, to the near-exact solution: the same three lines rise towards a dotted line, the error of the full DDIM sampler, and branch 2 passes slightly above DDIM at short intervals; two more for DPM-Solver++, with fewer steps, which rises above all of these, and cached, below that."}, "figure": {"caption": "Nearness against cost. Left: to DDIM with all its steps, which is what DeepCache imitates. Right: to the near-exact solution; dotted: DDIM with all its steps. Points on one line differ in $N$, or in the number of steps; the labels $N$ belong to $b = 2$. The two vertical axes differ. Bars: 90 % intervals over seeds, each with its own captions.", "name": "fig-deepcache-pareto"}}
 def by_cost(names):
     return sorted(set(names), key=lambda name: ARMS[name].cost)
 
@@ -707,11 +709,11 @@ fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", nco
 plt.show()
 
 # %% [markdown]
-# Read the panels together. On the left, everyone is compared with the sampler that DeepCache imitates, and fewer steps are flattered, as said above. On the right nobody is imitated: the target is the solution that all of them approximate. There a cached sampler can hardly pass the dotted line, the error of DDIM itself.
+# Read the panels together. On the left, everyone is compared with the sampler that DeepCache imitates, and fewer steps are flattered, as said above. Still, the result is plain: in the `cpu` run their line lies above both lines of DeepCache. On the right nobody is imitated: the target is the solution that all of them approximate. There a cached sampler can hardly pass the dotted line, the error of DDIM itself.
 # And there the better solver is a rival too, one that needs no cache.
 #
 # Nearness is not quality. So we also let this book's oracle, a network trained to read scenes, say which objects of the caption are there with the right shape, colour, size and place, and compare the distribution of its features with that of real scenes (the Fréchet distance). With this few images a seed the distance is far from
-# its value for many; only the ratio of two arms is used.
+# its value for many; only the ratio of two arms is used. The last line of the list gives the distance of held-out real scenes, as few as these, for comparison (*floor*), and that of noise (*ceiling*).
 
 # %%
 oracle = zoo.load("oracle_shapes32")
@@ -740,7 +742,7 @@ run.record("accuracy", torch.stack([hits[name] for name in mild]).mean(0) - hits
 # %% [markdown]
 # ### What breaks it
 #
-# {numref}`fig-deepcache-failure` shows the same eight captions under stronger and stronger caching, and under the two ablations.
+# {numref}`fig-deepcache-failure` shows the same eight captions under stronger and stronger caching, with DDIM at the cost of the strongest, and under two ablations: never refreshed, and the other way round.
 
 # %%
 run.record("never-refreshed", psnr["b=0, N=2"] - psnr["never"])
@@ -751,7 +753,7 @@ run.record("uneven", psnr["uneven, principal"] - psnr["b=0, N=5"])
 for name in ("b=0, N=5", "uneven, principal", "uneven, signed", "b=1, N=5", "b=2, N=5", "b=4, N=5"):
     print(f"{name:20s} {ARMS[name].cost:5.1f} full calls   PSNR {psnr[name].mean():5.1f} dB")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Rows of eight small images of coloured shapes. The full sampler and b = 2, N = 3 look alike. With b = 0, N = 10 shapes stay in place but are visibly damaged. The row below shows DDIM with as many operations. Never refreshed: the scenes are ruined. Last row: the other way round, shapes in their places."}, "figure": {"caption": "How it fails. The first eight captions of the first seed, not chosen; at the left of each row its mean PSNR to the full sampler in dB, over all images of all seeds.", "name": "fig-deepcache-failure"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Rows of eight small images of coloured shapes. The full sampler and b = 2, N = 3 look alike. With b = 0, N = 10 shapes stay in place, but shapes and background are grainy. The row below, DDIM with as many operations, is clean. Never refreshed: glaring colours and strong noise, the shapes can still be made out. Last row: the other way round, which looks like the full sampler."}, "figure": {"caption": "How it fails. Third and fourth row: equal operations, cached and with fewer steps. The first eight captions of the first seed, not chosen; at the left of each row its mean PSNR to the full sampler in dB, over all images of all seeds.", "name": "fig-deepcache-failure"}}
 rows = ["full", "b=2, N=3", "b=0, N=10", RIVAL["b=0, N=10"], "never", "other way round"]
 labels = [f"{name}\n{float(psnr[name].mean()):.1f} dB" if name in psnr else name for name in rows]
 fig, ax = plt.subplots(figsize=(6.4, 4.1), layout="constrained")
@@ -792,25 +794,38 @@ display(
 run.report()
 
 # %% [markdown]
-# **What the table says, in words.** The exact claims hold: the cache computes what it should, no more, and costs what the formula says. The premise is there to be seen in {numref}`fig-deepcache-alike`: for most of the way, neighbouring steps are as good as equal to the deep layers, and far more alike than
-# different images are. But the pace is not even. The outermost branch changes faster and faster until the end. Branch 2 has a quick stretch in the first half, where the objects take shape, and another at the very end.
+# **What the table says, in words.** The exact claims hold: the cache computes what it should, no more, and costs what the formula says. The premise holds too (*redundancy*, *lag*), see {numref}`fig-deepcache-alike`: to the deep layers neighbouring steps are nearly equal, and far more alike than
+# different images are. But the pace is not even. The outermost branch changes faster and faster until the end. Branch 2 has a quick stretch in the first half, and another at the very end.
 #
 # That matters. With even spacing, what is used in the last steps is up to $N - 1$ steps old, where a step of age means more at branch 0, and nothing comes after to repair it. Look at which step is the last full one: with 50 steps it is number 48 for $N = 2$ and for $N = 3$, number 45 for $N = 5$, number 40 for $N = 10$, counted from 0. So an
 # interval is not only a rate, it also sets how old the cache is at the end, and nearness need not fall smoothly with $N$.
 #
-# Whether the outer part pays at equal cost is what the claims that begin with *equal-cost* ask. In the `cpu` run it does not: at both branches and at every interval, the same operations bring fewer DDIM steps nearer to the full sampler. The scenes survive all this, as the oracle says: caching is not harmful at
-# $N = 2$ and $3$, there is only something plainer that harms even less. *Limit* compares a long interval with a short one.
+# **The main comparison came out against the method.** Does the outer part pay at equal cost? The claims that begin with *equal-cost* ask for one decibel of advantage over fewer steps. In the `cpu` run all six are contradicted, and the first gain in the list is negative in every row: at both branches, at every interval, with a caption and without, fewer DDIM steps come nearer to the full
+# sampler. Their number is rounded up, which gives them up to one call more; the slope of their line in {numref}`fig-deepcache-pareto` shows that this is a small part of the lead. *Limit* is confirmed, but its wording presumes an advantage. There is none to use up: what grows from $N = 3$ to $N = 10$ is the deficit.
 #
-# Why is the plain rival so strong? Suppose that the network is perfect and that the caption leaves one image possible. Then the predicted noise never changes along the way, and DDIM is exact with a single step. These scenes are near that case: a caption settles all but a fraction of a pixel.
-# But that is not all of it. Without a caption the rival loses several decibels and stays ahead (*equal-cost-open*). Training matters too. We had a pilot run of this page on an early checkpoint of the same network, a fifth of the way through its training. There caching at $b = 2$ with $N = 2$ and $3$ came out ahead. Later training left
-# the error of caching nearly as it was, and made long steps much better. (A pilot on one seed, not a recorded run.) So the verdict here is about simple images and a network that has learned them well. For photographs, where 25 steps and 50 steps give visibly different images, it may be the other way round; the paper compares image quality there, and finds caching
-# on par or slightly better.
+# How much does it mean? First, at $b = 2$ with $N = 2$ and $3$ and a caption, both sides are on average less than one grey level from the full sampler. Nobody could see who is ahead. Second, the paper does not claim nearness. It claims that *image quality* at equal throughput is comparable or slightly better, measured on photographs. Our claims are stricter, and of
+# another kind. Our stand-ins for quality can hardly decide. The oracle reads every object right in all arms that it judged but the one that is never refreshed; it is at its ceiling, so *accuracy* says no more than that nothing is broken. *Distance* is confirmed, but it is a mild test: in the first seed the full sampler is as far from the real scenes as other real scenes are, so
+# most of the distance is due to the small number of images, and that draws every ratio towards one. What can be seen in it points the same way: caching at $N = 2$ and $3$ costs a little, and the one plain rival in the list costs less than the arm of its price.
 #
-# Two ablations test the idea itself. *Never-refreshed* asks what is left if the cache stays as it was in the first step; look at its row in {numref}`fig-deepcache-failure`. *Other-way-round* asks whether it matters which of the two inputs is the old one. A deeper branch, the claim *deeper*, keeps more fresh, comes nearer, and costs more; whether
-# that is a better use of operations than a smaller $N$ can be read off the left panel, where both lines share their axes. *Uneven* takes the paper's other plan as it was released. Its centre lies early on the way, and at branch 0 the change is late: see {numref}`fig-deepcache-alike`. Exercise 1 moves the full steps to where the change is.
+# Why is the plain rival so strong? Suppose that the network is perfect, that the caption leaves one image possible, and that there is no guidance. Then the predicted noise never changes along the way, and DDIM is exact with a single step. These scenes are near that case: a caption settles all but a fraction of a pixel. Guidance bends the way
+# as long as the empty caption predicts something else. That is a likely reason why few steps do so well here. It does not fully explain the lead. Where no caption settles anything, the rival loses several decibels, but caching loses about as many, and the lead is not clearly smaller (*equal-cost-open*).
+# Nor is that test a clean one, since guidance drops out as well. Training seems to matter too. We had a pilot run of this page on an early checkpoint of the same network, a fifth of the way through its training. There caching at $b = 2$ with $N = 2$ and $3$ came out ahead. Later training left
+# the error of caching nearly as it was, and made long steps much better. (A pilot on one seed, not a recorded run.) So the verdict here is about simple images and a network that has learned them well. For photographs, where 25 steps and 50 steps give visibly different images, it may be the other way round. This page cannot say.
 #
-# The right panel of {numref}`fig-deepcache-pareto`, and the claims that begin with *exact*, ask the same without the reference's own error. Compare both columns of the list: where the gain is larger against the solution than against DDIM, the left panel flattered the rival. At $b = 2$ with a short interval it turns the sign: there caching is a little nearer to the solution than fewer steps are. A better solver is a third way to spend operations, and it may well be nearer than
-# either. The two ideas can be combined, as the arm of cached DPM-Solver++ shows. It is a case of its own: the solver extrapolates from its last two predictions (exercise 3).
+# The ablations test the idea itself. *Never-refreshed* is confirmed: a cache that stays as it was in the first step covers the picture with noise, see its row in {numref}`fig-deepcache-failure`. So is *other-way-round*: an old main branch does less harm than an old skip, although only the former saves anything. This is the paper's point about depth, and it
+# holds. *Deeper* is confirmed: a deeper branch keeps more fresh, comes nearer, and costs more. Is that a better use of operations than a smaller $N$? In the left panel the lines of the two branches cross. Where operations are plenty, the deeper branch is nearer; where they are scarce, the outermost one is.
+#
+# *Uneven* is contradicted. With the centre and power of the released script, the same number of full calls leaves the images further from the full sampler than even spacing does, in both readings of the power. Its centre lies early on the way, and at branch 0 the change is late: see {numref}`fig-deepcache-alike`. The paper offers this plan for
+# long intervals; we ran it with as many full calls as $N = 5$ has, and tuned nothing. Exercise 1 moves the full steps to where the change is. That gains several decibels on the one seed that it was tuned and judged on, and is still well behind fewer steps.
+#
+# The right panel of {numref}`fig-deepcache-pareto`, and the claims that begin with *exact*, ask the same without the reference's own error. Compare both columns of the list: in every row the deficit is smaller against the solution. Part of this is arithmetic, since all that imitate DDIM with 50 steps share its error, which draws them together. But
+# that cannot turn a sign. At $b = 2$ with $N = 2$ and $3$ the sign turns: there caching is a little nearer to the solution than fewer steps are, and the left panel flattered the rival. It is less than the decibel that we asked for, so *exact-b2-n3* is weaker, not confirmed. At $b = 0$, and with $N = 5$, fewer steps stay ahead: *exact-b0-n3* and
+# *exact-b2-n5* are contradicted.
+#
+# A better solver is a third way to spend operations. DPM-Solver++ with 20 steps and no cache is nearer to the solution than any arm of DeepCache or of fewer DDIM steps, somewhat helped by a reference from the same solver. The two ideas can be combined, but nothing was gained by it here: *solver-n2* is contradicted, *solver-n3* inconclusive. It is a
+# case of its own: the solver extrapolates from its last two predictions (exercise 3).
+#
+# **What was tried:** two branches and four intervals at equal cost, no caption, a second reference, a second solver, uneven full steps, and full steps placed where the change is. In the recorded run none of them gives caching the advantage that we asked for.
 #
 # ## What this does not show
 #
@@ -818,15 +833,16 @@ run.report()
 # :class: warning
 # - **Images with fine texture.** What the outer layers have to redraw in each step is much richer in photographs than in flat shapes.
 # - **A network at scale.** Branch 0 is a thinner slice here than in Stable Diffusion, so the same $N$ saves more and keeps less fresh.
-# - **Perceived quality.** PSNR to a reference punishes any change, also a harmless one. The oracle and the Fréchet distance look at content, with few images a seed.
+# - **Perceived quality.** PSNR to a reference punishes any change, also a harmless one. The oracle and the Fréchet distance look at content, but with few images a seed, and the oracle is at its ceiling. The paper's own comparison is one of quality.
 # - **The best spacing.** Centre and power of the uneven plan are those of the released script, not tuned to this model. Exercise 1 tunes.
+# - **Another training run.** There is one network. The intervals cover captions and noise, not training.
 # - **Speed on a GPU.** The `cpu` profile times one core. At small batches a GPU is limited by the number of launches, and skipping modules saves those too.
-# - **Left untried:** the CLIP score of Stable Diffusion, the Fréchet inception distance of LDM-4-G on ImageNet, the comparison with pruned and distilled models {cite:p}`fang2023structural,kim2023bksdm`, and the multi-step solver PLMS {cite:p}`liu2022pseudo` itself.
+# - **Left untried:** the CLIP score (how well image and caption agree) of Stable Diffusion, the Fréchet inception distance of LDM-4-G, a latent diffusion model, on ImageNet, the comparison with pruned and distilled models {cite:p}`fang2023structural,kim2023bksdm`, and the multi-step solver PLMS {cite:p}`liu2022pseudo` itself.
 # :::
 #
 # ## Exercises
 #
-# **1.** At branch 0 later steps change more. Choose ten full steps of the sampler so that each stretch between two of them sees the same amount of change, from the similarities measured above. How much does it gain over even spacing at the same cost?
+# **1.** At branch 0 later steps change more. Choose ten full steps of the sampler so that each stretch between two of them sees the same amount of change, from the similarities measured above. How much does it gain over even spacing at the same cost? Does it reach DDIM with fewer steps?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Solution 1", "code_prompt_hide": "Solution 1"}
 # Change is what neighbouring steps lack to similarity 1. Similarity is flat at its top: an angle a gives 1 - a^2 / 2. So the
@@ -857,7 +873,7 @@ print(f"this page's network, branch 0: at most {F_full / C[0]:.1f}x")
 #
 # :::{dropdown} Solution 3: in words
 # With even steps in the log signal-to-noise ratio, the solver works with $\tfrac32 \hat x_0 - \tfrac12 \hat x_0^{\text{before}}$. The *difference* of two predictions steers it. Between a full and a cached call that difference holds two things: how the prediction really changed, and the jump between a fresh and an old cache.
-# The second is an artefact, it is multiplied by one half, and each prediction enters two steps. Besides, a solver that needs only 20 steps takes longer ones: features that are one step old are older in time. The claims *solver-n2* and *solver-n3* say whether it matters here.
+# The second is an artefact, it is multiplied by one half, and each prediction enters two steps. Besides, a solver that needs only 20 steps takes longer ones: features that are one step old are older in time. The claims *solver-n2* and *solver-n3* ask whether caching pays there, and found no gain. Whether it does more harm than with DDIM they cannot say: the number of steps and the reference are others.
 # :::
 #
 # ## References
