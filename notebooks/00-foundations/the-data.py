@@ -125,7 +125,7 @@ run.show_settings()
 # - **Generated** sets come from a few pages of code. Each picture is drawn from a list of facts: which shape, where, in which colour. The facts can be read back, so a generator of pictures can be marked right or wrong.
 # - Two sets stand **between**. In the moving digits the digits are real and the motion is generated. In the furniture the models are real (made by designers, with real sizes) and the light and camera are ours.
 #
-# {numref}`fig-the-data-all` is the whole of it. Everything in it ships with the library or is computed by it, so every page runs without a network.
+# {numref}`fig-the-data-all` shows them all, but for the point clouds, the stereo pair and two variants. Everything ships with the library or is computed by it, so every page can run without a network.
 
 # %% tags=["hide-input"]
 data = {
@@ -148,7 +148,7 @@ def some(n, count, seed=0):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Ten rows of ten small pictures. Real: two rows of handwritten digits, emoji in three styles, photographs. Between: furniture on light grey, and ten frames of two moving digits. Generated: scenes of coloured shapes on black, the same with stripes, written words in colour, ten frames of bouncing circles."}, "figure": {"caption": "All picture sets of this book, ten training pictures each, drawn by chance. The last row of the middle group and the last row of all are films: ten frames of one clip.", "name": "fig-the-data-all"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Ten rows of ten small pictures. Real: two rows of handwritten digits, emoji in mixed styles, photographs. Between: furniture on light grey, and ten frames of two moving digits. Generated: scenes of coloured shapes on black, the same with stripes, written words in colour, ten frames of bouncing circles."}, "figure": {"caption": "The picture sets of this book, ten pictures each from the training side, cut to a square. Two rows are drawn afresh and are not in the stored sets: `shapes-texture`, and `bounce`, whose own films have one circle, not two. `moving_mnist` and `bounce` are films: ten frames of one clip.", "name": "fig-the-data-all"}}
 train = {name: parts["train"] for name, parts in data.items()}
 g = torch.Generator().manual_seed(5)
 striped = shapes.sample_scenes(10, g, objects=(1, 3), split="train", texture=True)
@@ -177,9 +177,9 @@ plt.show()
 # ## The method: one call for every set
 #
 # `load(name, split, size, source)` gives a split of any set. `split` is `"train"`, `"validation"` (choose settings on it) or `"test"` (publish on it). `size` is the side in pixels, where there is a
-# choice. What comes back always has pictures in $[-1, 1]$ and says what it is: `source`, `licence`, `checksum`.
+# choice. What comes back has pictures in $[-1, 1]$ (`furniture_clouds`: points) and says what it is: `source`, `licence`, `checksum`.
 #
-# The table is written by the library itself. *Pictures* counts train / validation / test. (Written words are loaded at 32 pixels here, to save time; 64 is their own size.)
+# The table is written by the library itself. *Pictures* counts train / validation / test; for furniture that is views, for point clouds objects, for moving things films. (Written words are loaded at 32 pixels here, to save time; 64 is their own size.)
 
 # %% tags=["hide-input"]
 
@@ -227,10 +227,10 @@ for name in MAIN:
 
 # %% [markdown]
 # **Where the data come from: `source`.** `"vendored"` is the copy that ships with the library (or the generator): the same bytes on every machine. `"hub"` is the full set from the Hugging Face hub, where there is one. The default, `"auto"`,
-# is the vendored copy in `smoke` and `cpu` runs. In `gpu` runs it tries the hub first, and falls back with a warning if nobody answers.
+# is the vendored copy in `smoke` and `cpu` runs. (These are *profiles*, sizes of a run: `smoke` only tests that a page works, `cpu` is for two cores, `gpu` for a graphics card.) In `gpu` runs it tries the hub first, and falls back with a warning if nobody answers.
 #
 # Three sets have a counterpart on the hub. For `mnist10k` and `moving_mnist` it is the full MNIST, with its official test part. For `emoji` it is Flickr8k {cite:p}`hodosh2013framing`: 8,000 *photographs* with five captions
-# each, because no larger emoji set exists. So a `gpu` number and a `cpu` number may be about different data. They are never compared in this book without saying so. This page is about the vendored data, and asks for them by name.
+# each, because we know of no emoji set that is much larger. Those photographs belong to their makers; the book does not pass them on. So a `gpu` number and a `cpu` number may be about different data. They are never compared in this book without saying so. This page is about the vendored data, and asks for them by name.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -250,8 +250,8 @@ print(json.dumps(provenance.used()["emoji"], indent=1, ensure_ascii=False))
 # %% [markdown]
 # ### Files, licences, credits
 #
-# Some sets are files in the library. Each was built once from a public package, by a script that is part of the library, and a table records the package, its version and its checksum. A data file keeps the licence of
-# its source, apart from the licence of the code. Three things to watch when you pass results on. MNIST and some of the photographs are under *share-alike* licences. Several licences ask for the author's name; the credit files have it. And the makers of the stereo pair name no licence at all: it is passed on here as scikit-image passes it on, at half the size, and asks to be cited.
+# Some sets are files in the library. Each was built once from a public package, by a script that is part of the library, and a table records the package, its version and its checksum. The check below compares files with that record. It does not build them again. A data file keeps the licence of
+# its source, apart from the licence of the code. Three things to watch when you pass results on. MNIST and some of the photographs are under *share-alike* licences. Several licences ask for the author's name; the credit files have it. And the makers of the stereo pair name no licence at all: it is passed on here as scikit-image passes it on, at half the size; whoever uses it should cite the paper. The row `photos` below and the claim on credits look at whole files, so they do not see this gap. The credit file states it. And where the table above is shorter than the one below (the words of the emoji have a licence, too), the one below counts.
 
 # %% tags=["hide-input"]
 table(
@@ -279,10 +279,10 @@ print("package, version, licence, credit:", "PASS" if not any(lacking) else f"FA
 #
 # ### Handwritten digits
 #
-# `digits` are the 1,797 digits inside scikit-learn: the test part of a set from the UCI repository {cite:p}`alpaydin1998optical`, 8 x 8 pixels, 17 grey levels, by 13 people. They are so small that everything can be tried on them in seconds. `mnist10k` are 10,000 digits of MNIST {cite:p}`lecun1998gradient`, 28 x 28 pixels.
-# The package they come from does not say which of MNIST's 70,000 they are, so a number on our test split is not a number on MNIST's test set.
+# `digits` are the 1,797 digits inside scikit-learn: the test part of a set from the UCI repository {cite:p}`alpaydin1998optical`, 8 x 8 pixels, 17 grey levels, by 13 people (others than those of its training part). They are so small that everything can be tried on them in seconds. `mnist10k` are 10,000 digits of MNIST {cite:p}`lecun1998gradient`, 28 x 28 pixels.
+# The package they come from does not say which of MNIST's 70,000 they are. (Their counts per class are those of the first 10,000 of the training part.) The split is our own, so a number on our test split is not a number on MNIST's test set.
 #
-# Each set has a **judge**, a small classifier trained on the training split alone. It reads generated digits, and its inner features serve for Fréchet distances. A judge is only worth something if it reads *real* held-out digits.
+# Each of the two has a **judge**, a small classifier trained on the training split alone. It reads generated digits, and its inner features serve for Fréchet distances. A judge is only worth something if it reads *real* held-out digits.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two blocks of ten columns, one a digit. Left, 8 by 8 pixels: blocky but readable. Right, 28 by 28 pixels: smooth pen strokes in many hands.", "width": "95%"}, "figure": {"caption": "Left: `digits`, right: `mnist10k`. Four test pictures of each class, the first in the file.", "name": "fig-the-data-digits"}}
 fig, axes = plt.subplots(1, 2, figsize=(7, 1.6), layout="constrained")
@@ -323,11 +323,11 @@ ax.tick_params(axis="x", labelsize=8.5)
 plt.show()
 
 # %% [markdown]
-# **Their words, as two real language models see them.** Text encoders are too large to ship, their outputs for 1,586 names are not. `caption_states("minilm")` holds one vector a token from a sentence encoder {cite:p}`wang2020minilm,reimers2019sentence`, `caption_states("smollm2")` from a
-# decoder-only language model of 135 million parameters {cite:p}`allal2025smollm2`; both are reduced to 128 principal components. Models on later pages attend to the tokens. {numref}`fig-the-data-states` takes their mean for each
-# caption, only to look: the sentence encoder was trained so that near means alike. The language model was trained to predict the next word. There a dog is near a rocket, and *man running* is nearer to *man cook* than to *woman running*: a token sees only what comes before it, so captions that begin alike have their first states in common.
+# **Their words, as two real language models see them.** Text encoders are too large to ship; their outputs for 1,586 names are not. `caption_states("minilm")` holds one vector a token from a sentence encoder {cite:p}`wang2020minilm,reimers2019sentence`, `caption_states("smollm2")` from a
+# decoder-only language model of 135 million parameters {cite:p}`allal2025smollm2` (the chat variant, its weights rounded to 4 bits). Both are reduced to 128 principal components, fitted on the tokens of training names alone. Models on later pages attend to the tokens. {numref}`fig-the-data-states` takes their mean for each
+# caption, only to look. The sentence encoder was trained so that near means alike. The language model was trained to predict the next word, and nearness is harder to read. There a dog is near a rocket, and *man running* is nearer to *man cook* than to *woman running*. One reason: a token sees only what comes before it, so captions that begin alike have their first states in common.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two matrices of cosines between eight captions. Left, MiniLM: near zero except on the diagonal and in two blocks, the two people running, and dog, cat and cat face. Right, SmolLM2: dog, cat, cat face and rocket are all close to each other; man running is close to man cook, and woman running is far from man cook."}, "figure": {"caption": "Cosine between the mean token states of captions. 1: same direction, 0: unrelated.", "name": "fig-the-data-states"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two matrices of cosines between eight captions. Left, MiniLM: mostly dark but for the diagonal and two blocks, the two people running, and dog, cat and cat face; man running and man cook are weakly alike. Right, SmolLM2: dog, cat, cat face and rocket are all close to each other; man running is close to man cook, and woman running is far from man cook."}, "figure": {"caption": "Cosine between the mean token states of captions. 1: same direction; 0 and below have the darkest colour.", "name": "fig-the-data-states"}}
 shown = ["man running", "woman running", "man cook", "dog", "cat", "cat face", "red apple", "rocket"]
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
 for ax, (encoder, title) in zip(axes, (("minilm", "MiniLM"), ("smollm2", "SmolLM2")), strict=True):
@@ -355,9 +355,9 @@ print({encoder: tuple(parts["test"].states.shape) for encoder, parts in states.i
 # %% [markdown]
 # ### Photographs, and a measured depth
 #
-# `photos` are 26 photographs. That is very few, and all that could be found with a clear licence inside public packages. They serve for what needs real texture and no classes: restoration, super-resolution, autoencoders. Patches are cut on demand, for
+# `photos` are 26 photographs. That is very few: those that we found with a clear licence inside public packages. They serve for what needs real texture and no classes: restoration, super-resolution, autoencoders. Patches are cut on demand, for
 # training at random, for evaluation on a grid. With them comes a stereo pair whose disparity (how far a point moves between the two views, in pixels) was *measured*, with structured light {cite:p}`scharstein2014high`.
-# The measurement can be checked: shift the right view by it, and it must fall on the left one.
+# The measurement can be checked: shift the right view by it, and it must fall on the left one, up to points that only one camera sees. The claim asks only that half of the difference goes.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Above: 26 square thumbnails, 17 training photographs in two rows, then 3 validation and 6 test ones: landscapes, animals, flowers, textures, coins, space. Below: a motorcycle from the left, the same from the right, and its disparity, bright where near."}, "figure": {"caption": "Above: the middle squares of all photographs, by split. Below: the stereo pair and its disparity; white: not measured.", "name": "fig-the-data-photos"}}
 thumbs = {
@@ -399,9 +399,9 @@ print(f"mean difference to the left view: {before:.3f} as it is, {after:.3f} aft
 # ### Furniture: real models with exact geometry
 #
 # `furniture` are 758 models of household things from Sweet Home 3D, made by designers and given away under free licences. The library has six rendered views of each, with what a photograph lacks: coverage, depth, surface direction, camera. And it has a cloud of 1,024
-# points of each surface. Views and clouds are two files, built by two scripts. If both are right, the surface that a view sees must lie on the cloud.
+# points of each surface. Views and clouds are two files, built by two scripts. If both are right, the surface that a view sees must lie on the cloud. This is checked on every fifth view of the validation objects. (The clouds are seen straight from the front, the views are not.)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Six held-out objects in six columns and five rows: colour picture on light grey, white silhouette on black, depth in grey with near parts bright, surface directions in false colour, and the point cloud of the whole object seen from the front."}, "figure": {"caption": "Six validation objects. Rows: colour, coverage, nearness, surface direction (red right, green up, blue towards us), and the point cloud from the front.", "name": "fig-the-data-furniture"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Six held-out objects in six columns and five rows: colour picture on light grey, white silhouette on black, depth in grey with near parts bright, surface directions in false colour, and the point cloud of the whole object seen from the front."}, "figure": {"caption": "Six validation objects. Rows: colour, coverage, nearness, surface direction (red right, green up, blue towards us), and the point cloud from the front, bright where near. Above each column the model's name, below it its class.", "name": "fig-the-data-furniture"}}
 views, clouds = data["furniture"]["validation"], data["furniture_clouds"]["validation"]
 chosen = [
     int((clouds.y == clouds.classes.index(k)).nonzero()[0])
@@ -447,9 +447,9 @@ print(f"to another object's cloud {sum(mistaken) / len(mistaken):.2f} on average
 # ### Scenes: `shapes`
 #
 # A scene is a set of one to three objects on a grid of 3 x 3 cells. An object has a shape (4), a colour (6), a size (2) and a cell. No two objects stand in cells that share a side, so there is always a gap. A caption names the objects one after
-# the other: *large red circle top left and small blue cross bottom right*. It is written by a grammar of 26 words, so it can be parsed back. The picture is computed from distances to each outline, so it exists at any size, with its masks, depth, edges and boxes.
+# the other: *large red circle top left and small blue cross bottom right*. It is written by a grammar of 19 words, so it can be parsed back. The picture is computed from distances to each outline, so it exists at any size, with its masks, depth, edges and boxes. Stripes are not named by captions.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Ten panels in two rows. The same scene of three objects at 16, 32 and 64 pixels and with stripes; a scene with two equal objects in opposite corners; a pair of scenes whose two colours are exchanged; the masks in three colours; the depth; the outlines with a box around each object."}, "figure": {"caption": "One scene at three sizes and with stripes; twins (two equal objects far apart); a swap pair; and the exact truth about the first scene: masks, depth (large is near), edges and boxes.", "name": "fig-the-data-shapes"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Ten panels in two rows. The same scene of three objects at 16, 32 and 64 pixels and with stripes; a scene with two equal objects in opposite corners; a pair of scenes whose two colours are exchanged; the masks in three greys; the depth; the outlines with a box around each object."}, "figure": {"caption": "One scene at three sizes and with stripes; twins (two equal objects far apart); a swap pair; and the exact truth about the first scene: masks, depth (large is near), edges and boxes.", "name": "fig-the-data-shapes"}}
 g = torch.Generator().manual_seed(35)
 scene = shapes.sample_scenes(1, g, objects=(3, 3), split="train")
 dressed = shapes.sample_scenes(1, g, objects=(3, 3), split="train", texture=True)
@@ -482,14 +482,17 @@ print(shapes.captions(scene)[0])
 print(shapes.captions(one)[0], "|", shapes.captions(other)[0])
 
 # %% [markdown]
-# **How many bits are in a scene?** Objects on $k$ cells can stand in 9, 24 or 22 ways for $k = 1, 2, 3$ (no shared sides), and each looks one of $4 \cdot 6 \cdot 2 = 48$ ways. So there are $N_k = P_k \cdot 48^k$ scenes of $k$ objects, with $P = (9, 24, 22)$. The data set draws $k$ evenly
-# from 1 to 3, then the scene evenly, which holds
+# **How many bits are in a scene?** Objects on $k$ cells can stand in 9, 24 or 22 ways for $k = 1, 2, 3$ (no shared sides), and each looks one of $4 \cdot 6 \cdot 2 = 48$ ways. So there are $N_k = P_k \cdot 48^k$ scenes of $k$ objects, with $P = (9, 24, 22)$. Draw $k$ evenly
+# from 1 to 3, then the scene evenly. It holds
 #
 # $$
 # H = \log_2 3 + \tfrac13 \left( \log_2 N_1 + \log_2 N_2 + \log_2 N_3 \right) \ \text{bits} .
 # $$ (eq-the-data-bits)
 #
-# That is all a perfect caption has to say, and all a generator has to get right, besides a jitter of the places that no caption mentions. A caption says a little more: the order of its objects, $\log_2 k!$ bits that no picture shows. The cell enumerates every scene of one or
+# The generator draws like this, before scenes of other splits are thrown away. In the training set that changes little. In the small validation and test sets scenes of one object are rarer than a third, since by chance few of
+# them are held out. *Number of objects* near the end of this page shows it: its chance level is below a third.
+#
+# The bits of {eq}`eq-the-data-bits` are all a perfect caption has to say, and all a generator has to get right, besides a jitter of the places that no caption mentions. A caption says a little more: the order of its objects, $\log_2 k!$ bits that no picture shows. The cell enumerates every scene of one or
 # two objects and looks: are the captions different, do they parse back, how are they split?
 
 # %%
@@ -524,7 +527,9 @@ run.record("scene-count", [len(every) / (9 * 48 + 24 * 48**2), 20 * share[2].ite
 print(f"{len(every)} scenes, {len(set(sentences))} captions, {changed} changed by writing and parsing")
 
 # %% [markdown]
-# **Swap pairs** test what is called *binding*: who has which colour. Two scenes have the same objects in the same places, and only one attribute is exchanged between the two. Any score that counts words cannot tell them apart.
+# **Swap pairs** test what is called *binding*: who has which colour. Two scenes have the same objects in the same places, and only one attribute is exchanged between the two. A score that only counts words cannot tell them apart. Note what `split` means here: the *first* scene of each pair is from that split. The second goes where its own caption belongs, so the partner of a test scene is mostly a training caption.
+#
+# Two checks follow: of the pairs, then of masks, boxes and pictures against each other.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -563,7 +568,7 @@ over = (truth.masks.sum(1) - 1).clamp(min=0).max().item()
 run.record("layers-agree", [(repainted - truth.image).abs().max().item(), over, box_gap])
 
 # %% [markdown]
-# The **judges** of scenes are two small networks, one for 16 and one for 32 pixels. They say for each cell what stands in it. Here they read held-out captions, drawn anew.
+# The **judges** of scenes are two small networks, one for 16 and one for 32 pixels. They say for each cell what stands in it. Here they read held-out captions, drawn anew and rendered without fault. How they read the flawed pictures of a model is another question, which this does not answer.
 
 # %%
 right = {}
@@ -584,6 +589,9 @@ print(f"{s.scenes} scenes each, share read right in every cell:", right)
 #
 # Can a model spell? A word of one to six letters is written in one of 13 faces, in a size, an ink, a place. The fonts lie inside matplotlib and are used, not shipped; a fourteenth face of 3 x 5 pixels is our own. Every letter is a token of the caption and has a box in the picture. Held out are *words*: a test word is
 # never seen in training, in any face.
+#
+# The reader below compares each letter's place with a drawing of every letter. It is told the looks that the caption names, and how many letters there are. And it needs letters of equal width: it is tested on three of the 13 faces, and on ours with random letters. The other
+# ten faces it cannot read; there one can only choose from a list of words.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Twelve written words in three columns, in different faces, colours and sizes, each letter framed by a thin box."}, "figure": {"caption": "Twelve words at 32 x 96 pixels, with the exact box of every letter. Their captions name the size, ink, face, place, ground and letters.", "name": "fig-the-data-glyphs"}}
 words = glyphs.sample_words(12, torch.Generator().manual_seed(4), split="train")
@@ -618,8 +626,10 @@ print(f"words read without an error: {spelt[0]:.3f} in monospaced faces, {spelt[
 # %% [markdown]
 # ### Moving things: `moving_mnist` and `bounce`
 #
-# In `moving_mnist` {cite:p}`srivastava2015unsupervised` one or two real digits fly over a canvas and bounce off its walls. Here starts and speeds are whole pixels, so no digit is ever resampled. In `bounce`, objects of `shapes` fly in a box. Their paths are
-# formulas, not simulations: place, speed and the time of each hit are known at any time, with and without gravity, and each hit makes a click. So a film, or its sound, can be marked right or wrong.
+# In `moving_mnist` {cite:p}`srivastava2015unsupervised` one or two real digits fly over a canvas and bounce off its walls. (The original has two digits and twenty frames.) Here starts and speeds are whole pixels, so no digit is ever resampled. In `bounce`, objects of `shapes` fly in a box, and through each other. Their paths are
+# formulas, not simulations: place, speed and the time of each hit are known at any time, with and without gravity, and each hit of a wall makes a click. So a film, or its sound, can be marked right or wrong.
+#
+# Lengths are in *reference pixels*, a sixteenth of the box. The films of the set hold one circle each, and the check below reads those; it is told the looks. Other shapes are read less exactly.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Three strips over a common time axis of 1.2 seconds. Top: twelve frames of two moving digits. Middle: twelve frames of two circles that fall and bounce. Bottom: the waveform of the second film, silent but for a few short clicks, each starting at a dashed line that marks a wall hit."}, "figure": {"caption": "Above: a clip of `moving_mnist`. Middle: two bouncing objects under gravity. Below: the sound of the second film; dashed lines: the exact times of its wall hits.", "name": "fig-the-data-moving"}}
 frames = 12
@@ -677,8 +687,8 @@ print(
 #
 # | set | held out | because |
 # |---|---|---|
-# | `digits`, `mnist10k` | single images | writers are not known: a hand may be on both sides |
-# | `emoji`, caption states | concepts, in all styles, with variants of gender, direction and hour | the other style, or the other sex, is nearly the same picture |
+# | `digits`, `mnist10k` | single images | writers are not known: a hand is almost surely on both sides |
+# | `emoji`, caption states | concepts, in all styles, with variants of gender, direction and hour | the other style, or the other gender, is nearly the same picture |
 # | `photos` | whole photographs | two patches of one photograph share grain, light and colours |
 # | `furniture` | objects, with all views, and variants by the same author of the same size | another view shows the same thing |
 # | `shapes` | captions, whatever their order, jitter and stripes | else a test caption may have been seen word for word |
@@ -687,7 +697,7 @@ print(
 # | `bounce` | nothing: fresh draws from a continuum | no scene comes twice |
 # :::
 #
-# What is *not* held out matters as much. Names of furniture come back across splits ("chair"), so a test of new *words* needs another set. Each word of a test caption of `shapes` was seen in training, in other company: this tests new combinations, nothing more.
+# What is *not* held out matters as much. Names of furniture come back across splits ("chair"), so a test of new *words* needs another set. Each word of a test caption of `shapes` was seen in training, in other company: this tests new combinations, nothing more. The cell compares what identifies a unit. For emoji that is the concept: that variants of one concept stay together is the work of the script that builds the file.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -713,8 +723,8 @@ print("held-out units on two sides:", "PASS, none" if not any(shared.values()) e
 # %% [markdown]
 # ### What a nearest-neighbour look-up shows
 #
-# Identifiers can be right and the split can still leak: the same picture under two names. {cite:t}`barz2020do` found that 3.3 % of the test images of CIFAR-10, and 10 % of those of CIFAR-100, have a duplicate or near-duplicate in the training set. The check is a look-up. For each test picture, find the training picture nearest in pixels. Then do the same
-# for *training* pictures, each against all others. If the two distributions agree, test pictures are as new as one more training picture would be, not more. That is what a random split gives. If test pictures are farther off, the split asks for more.
+# Identifiers can be right and the split can still leak: the same picture under two names. {cite:t}`barz2020do` found that 3.3 % of the test images of CIFAR-10, and 10 % of those of CIFAR-100, have a duplicate or near-duplicate in the training set. The check is a look-up. For each test picture, find the training picture nearest in pixels (Euclidean distance of the values). Then do the same
+# for as many *training* pictures, each against all others; for emoji also against all *other concepts*, since another style would count as a neighbour. If the two distributions agree, test pictures are as new as one more training picture would be, not more. That is what a random split gives. If test pictures are farther off, the split asks for more. (Photographs and furniture are not looked up, and pixels miss a copy that is shifted or recoloured; Barz and Denzler compared features.)
 
 # %% tags=["hide-input"]
 LOOK = ("digits", "mnist10k", "emoji")
@@ -736,7 +746,7 @@ for name in LOOK:
 run.record("no-duplicates", equal)
 print("training pictures that equal another training picture:", twins_inside)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: cumulative curves of nearest-neighbour distances. For mnist10k the curve of test pictures lies on that of training pictures. For emoji the curve of test pictures starts to the right of the training curves, which begin near zero with a few per cent of exact copies, and stays to the right of them. Below: eight test emoji with the nearest training emoji under each; some pairs show nearly the same drawing, such as a snowman with and without snow."}, "figure": {"caption": "Above: how far the nearest training picture is, as the share of pictures that have one within a distance. Below: the eight test emoji (upper row) that are nearest to a training picture (lower row).", "name": "fig-the-data-nearest"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: cumulative curves of nearest-neighbour distances. For mnist10k the curve of test pictures lies on that of training pictures. For emoji the curve of test pictures starts to the right of the training curves, which begin at zero with a small share of exact copies, and stays to the right of them. Below: eight test emoji with the nearest training emoji under each; some pairs show nearly the same drawing, such as a snowman with and without snow."}, "figure": {"caption": "Above: how far the nearest training picture is, as the share of pictures that have one within a distance. Below: the eight test emoji (upper row) that are nearest to a training picture (lower row).", "name": "fig-the-data-nearest"}}
 fig, axes = plt.subplot_mosaic(
     [["mnist10k", "emoji"], ["pairs", "pairs"]],
     figsize=(7, 5.2),
@@ -785,14 +795,14 @@ print(
 print(f"{(held < 4).sum()} of {len(held)} test pictures")
 
 # %% [markdown]
-# Read it from the left end; that is where duplicates are. For `mnist10k` the curves agree: the test digits are a fair draw from the same hands, and no more than that. A model that is good on them is good on *more of the same*.
+# Read it from the left end; that is where duplicates are. For `mnist10k` the curves agree, as the two rows of numbers for `digits` nearly do: the test digits look like a random draw from the same source, and no more than that. A model that is good on them is good on *more of the same*.
 #
-# For `emoji` they part. Some training pictures have an exact copy under another name: Twemoji draws all families alike, whoever belongs to them, and one Fluent cat bears two names. A split by picture, or by name, would sooner or later have put such a pair on two sides. The split by concept family removes them: the left end of the test curve is far lower.
+# For `emoji` they part. Some training pictures have an exact copy under another name: Twemoji draws families with as many adults and children alike, whoever they are; Noto does so once, and one Fluent cat bears two names. A split by picture, or by name, would sooner or later have put such a pair on two sides. The split keeps families together, and no test picture has an exact copy: the left end of the test curve is lower.
 # But it is not perfect, and the strip shows it. A family is found by code points, and a few pairs escape: things that are drawn alike and *named* apart. They are few. Still, a page that claims that a model draws a new concept should show the nearest training picture beside it.
 #
 # ### Is it the same every time?
 #
-# A generator is only a data set if it gives the same data again. The cell starts a second Python process, loads test splits there, and compares checksums. (Across machines, the drawing of letters and the last bit of a sine may differ; a record names the checksums it ran on.)
+# A generator is only a data set if it gives the same data again. The cell starts a second Python process on the same machine, loads test splits there, and compares checksums. For sets that are files this only says that they are read alike. (Across machines, the drawing of letters and the last bit of a sine may differ; a record names the checksums it ran on.)
 
 # %%
 code = f"""
@@ -816,11 +826,12 @@ print(len(changed), "sets loaded again; changed:", [name for name, flag in chang
 #
 # {doc}`The page on measurement </notebooks/00-foundations/guidance-and-measurement>` defines it: pictures are sent through a fixed network, and the means and covariances of the features of two sets are compared. So it depends on three things, and all of them are data:
 #
-# - **the network.** For digits and scenes it is our judge. For colour pictures it is EfficientNet-Lite0 {cite:p}`tan2019efficientnet`, a small classifier trained on ImageNet {cite:p}`deng2009imagenet`, with its 1,280 features thrown onto 64 fixed random directions. We call that number EffNet-FD. It is not the FID of the papers, and not comparable with it;
-# - **the number of pictures.** Two sets of real pictures have a distance too, the *floor*, and it grows as sets shrink;
+# - **the network.** For digits and scenes it is our judge. For colour pictures it is EfficientNet-Lite0, a later variant of {cite:t}`tan2019efficientnet` for phones, a small classifier trained on ImageNet {cite:p}`deng2009imagenet`, with its 1,280 features thrown onto 64 fixed random directions. We call that number EffNet-FD. It is not the FID of the papers, and not comparable with it;
+# - **the number of pictures.** Two sets of real pictures have a distance too, the *floor*, and it grows as sets shrink {cite:p}`chong2020effectively`;
 # - **the reference set.** Here it is the training split, as usual.
 #
-# {numref}`fig-the-data-frechet` spoils held-out *real* pictures in known ways, and divides each distance by the floor. So 1 means "as near as fresh real data". The scenes are fresh two-object scenes for each seed; *two colours exchanged* takes the other scene of each swap pair, so that every caption is wrong.
+# {numref}`fig-the-data-frechet` spoils held-out pictures in known ways, and divides each distance by the floor of the same draw. So 1 means "as near as fresh pictures of the set". The scenes are fresh two-object scenes for each seed, whose two colours differ; *two colours exchanged* takes the other scene of each swap pair, so that
+# every caption is wrong. (The captions asked for are held out. Those that would fit the exchanged scenes mostly are not.)
 
 
 # %%
@@ -888,7 +899,7 @@ obeyed = {
 print("share of scenes that follow their caption:", obeyed)
 print({name: f"floor {floor.mean():.3g} at n = {n}" for name, floor in floors.items()})
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Ratios to the floor on a logarithmic axis, seven arms, three sets. Copies of training pictures lie well below 1 for all sets. Two colours exchanged lies on 1. Half of the pictures shown twice lies between 1 and 2. Noise of 0.05 is near 1 for digits and scenes and about twice the floor for emoji. Blur is near 1 for emoji and far above for scenes. Mirroring is 1 for emoji and scenes and far above for digits."}, "figure": {"caption": "Real held-out pictures, spoiled in known ways: Fréchet distance over its floor (dashed). Left of the dashed line means better than real. Bars: 90 % intervals over draws of pictures; the draws of one finite set overlap.", "name": "fig-the-data-frechet"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Ratios to the floor on a logarithmic axis, six arms, three sets. Copies of training pictures lie well below 1 for emoji and scenes; for digits the point is above 1, with a wide bar that holds 1. Two colours exchanged lies on 1. Half of the pictures shown twice lies between 1 and 2. Noise of 0.05 is near 1 for digits and scenes and about twice the floor for emoji. Blur is a little above 1 for emoji and digits and far above for scenes. Mirroring is 1 for emoji and scenes and far above for digits."}, "figure": {"caption": "Held-out pictures, spoiled in known ways: Fréchet distance over its floor (dashed). Left of the dashed line: the distance prefers them to unspoiled held-out pictures. Bars: 90 % intervals over draws of pictures. They are too narrow for emoji, whose draws overlap, and for all sets they leave out the choice of the reference.", "name": "fig-the-data-frechet"}}
 arms = [
     "copies of training pictures",
     "two colours exchanged",
@@ -922,17 +933,20 @@ plt.show()
 # %% [markdown]
 # Four lessons, one from each group of points.
 #
-# **Below the floor is not better than real.** Copies of training pictures win on every set, since they *are* the reference. **Captions are not looked at.** With two colours exchanged, no scene follows its caption, and the distance stays at its floor: the set of pictures is as good as
-# before. Whether a picture belongs to its caption has to be asked picture by picture. **Number passes for variety.** Half of the pictures, each shown twice, score no worse than half as many pictures would; that each one comes back is not seen.
+# **Below the floor is not better than real.** For emoji and scenes, copies of training pictures win, since they are drawn from the reference itself. For digits this does not show: the interval holds 1, and the mean is on the wrong side. The likely reason is that test digits are as near to
+# the training digits as these are to each other, so that the error of so few pictures hides what little there is to win; it was not looked into. **Captions are not looked at.** With two colours exchanged, no scene follows its caption, and the distance stays at its floor. It could hardly be otherwise: exchanged scenes are scenes of the same
+# kind, and the set of pictures is as good as before. Whether a picture belongs to its caption has to be asked picture by picture. **Repeats are not seen as such.** Half of the pictures, each shown twice, score well above the floor, but this is the price of fewer pictures. Their mean and covariance are those of the half (up to
+# the usual factor for the sample's size), so half as many pictures, shown once, would score nearly the same.
 #
-# **Every network has blind spots of its own.** The judges of digits and scenes were trained on noisy pictures, so they forgive noise that one hardly sees, and that EfficientNet punishes. It, in turn, nearly forgives a blur that everyone sees; the judge of scenes does not.
-# A mirror image is a wrong digit, and no change at all for sets that are symmetric from left to right. (Under their captions, mirrored scenes are wrong whenever something stands on the left or right.) So a Fréchet distance ranks models *of the same kind, on the same set, through the same network, at the same $n$*. It does not say
+# **Every network has blind spots of its own.** The judges of digits and scenes forgive noise that one hardly sees, and that EfficientNet punishes; probably because they were trained on noisy pictures. EfficientNet, in turn, nearly forgives a blur that everyone sees; the judge of digits punishes it a little, that of scenes much. (Each set has its own network and its own size here,
+# so the figure cannot say how much is the network's doing. A pixel's blur is more at 16 pixels than at 32.)
+# A mirror image is a wrong digit, and next to no change for sets that are, taken as a whole, nearly symmetric from left to right. (Under their captions, mirrored scenes are wrong whenever something stands on the left or right.) So a Fréchet distance ranks models *of the same kind, on the same set, through the same network, at the same $n$*. It does not say
 # that pictures are right.
 #
 # ### How hard is each set?
 #
-# For scale, three numbers without any diffusion model. *Bits* is the size of a picture after lossless compression (zlib; an upper bound on what it holds). *Chance* is the share of the most frequent class. The *class mean* takes the nearest mean picture, the *linear probe* the best linear read-out of raw pixels. Where these are high, a classifier's score says little, and where only
-# they are low the set asks for more than templates. Nothing is claimed here.
+# For scale, a few numbers without any diffusion model. *Bits, packed* is the mean size of a picture after lossless compression (zlib, 200 test pictures together; an upper bound on what they hold). *Chance* is the share, in the test set, of the class that is most frequent in training. The *class mean* takes the nearest mean picture, the *linear probe*
+# is a ridge regression on pixels. Both see a part of the training pictures, and large pictures are first averaged down. Where their accuracy is high, a classifier's score says little; where it is low, the set asks for more than templates. Nothing is claimed here.
 
 # %% tags=["hide-input"]
 TASKS = {
@@ -972,9 +986,11 @@ print(f"for comparison: what a scene of `shapes` says takes {bits:.1f} bits")
 run.report()
 
 # %% [markdown]
-# The exact claims say that the data are what they are said to be: unchanged files, named sources, splits that do not overlap, truth that can be read back. If one of them failed, this page would not be published. They are dull, and everything else leans on them.
+# The exact claims say that the data are what they are said to be: unchanged files, named sources, splits that do not overlap, truth that can be read back. An exact claim is confirmed only if *every* value passes. If one of them failed, this page would not be published. They are dull, and everything else leans on them.
 #
-# The last claim is about a metric. Its verdict says whether, over fresh scenes, the Fréchet distance of scenes with exchanged colours stays inside the range that the card calls "the same".
+# Read only their verdicts. Their values are one a file, a set or a judge, not draws of one thing. So the mean and interval in the table say nothing about chance, and an interval may even leave the possible range.
+#
+# The last claim is about a metric. Its verdict says whether, over fresh scenes, the Fréchet distance of scenes with exchanged colours stays inside the range that the card calls "the same". It is shown for one kind of scene and one network. The reason, that captions do not enter, holds for any.
 #
 # The picture to remember is {numref}`fig-the-data-all`. It also shows what is missing.
 #
@@ -982,11 +998,11 @@ run.report()
 #
 # :::{admonition} What this does not show
 # :class: warning
-# No natural photographs in number, with classes or captions: no ImageNet, COCO or CIFAR, for none could be passed on with the book. No faces, no long videos, no open vocabulary. Emoji are drawn to be recognised at a glance. With some 1,300 training concepts a model can remember
-# them all, so a good emoji is no proof of understanding. Furniture shows the taste of a few designers. Generated scenes have none of the statistics of nature: no texture (but for stripes), no light, no occlusion. A method that needs them may look useless here, and one that exploits clean edges may look better than it is. Handwritten digits are easy, and nearly any
-# metric is close to its ceiling on them.
+# No natural photographs in number, with classes or captions: no ImageNet, COCO or CIFAR, for none could be passed on with the book. No set of faces (a portrait is among the photographs), no long videos, no open vocabulary. Emoji are drawn to be recognised at a glance. With some 1,300 training concepts a model can remember
+# them all, so a good emoji is no proof of understanding. Furniture shows the taste of a few designers. Generated scenes have none of the statistics of nature: no texture (but for stripes), no light, and in still scenes no occlusion. A method that needs them may look useless here, and one that exploits clean edges may look better than it is. Handwritten digits are easy: good
+# classifiers are near the ceiling on them.
 #
-# Licences were read by us and are quoted; we are not lawyers. That a package may pass a picture on does not tell whether the people who made or wrote it were asked: the writers of MNIST's digits probably were not.
+# Licences were read by us and are quoted; we are not lawyers. That a package may pass a picture on does not tell whether the people who made or wrote it were asked: the writers of MNIST's digits probably were not. That MNIST is under CC BY-SA is how it is usually given; see its credit file. The weights of EfficientNet-Lite0 are free, but were fitted to ImageNet, which has terms of its own.
 # :::
 #
 # ## Exercises
