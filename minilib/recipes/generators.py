@@ -1,4 +1,6 @@
-"""The generators of scenes: ``unet_shapes16``, ``unet_shapes32`` and ``mmdit_shapes``; and the text encoder they start from."""
+"""The generators of scenes, ``unet_shapes16``, ``unet_shapes32``, ``mmdit_shapes`` and its continuation ``mmdit_shapes32``;
+and the text encoder they start from.
+"""
 
 from __future__ import annotations
 
@@ -137,6 +139,16 @@ def _build_mmdit() -> nn.Module:
     return with_trained_text(TextMMDiT(text=TEXT, mmdit=mmdit))
 
 
+def _build_mmdit_on() -> nn.Module:
+    """``mmdit_shapes`` on a canvas of 32 x 32 pixels: the same weights, 16 x 16 tokens, rotary positions from 0 to 15."""
+    from minilib.models import TextMMDiT
+
+    small = zoo.load("mmdit_shapes")
+    model = TextMMDiT(small.config["text"], {**small.config["mmdit"], "sample_size": 32})
+    model.load_state_dict(small.state_dict())
+    return model
+
+
 def _flow() -> LossFn:
     from minilib.losses import flow_matching_loss
 
@@ -202,6 +214,24 @@ RECIPES: dict[str, Recipe] = {
         data=lambda: data_line(16, "one to three objects, new scenes at each step"),
         picture=scene_grid(16, flow_scheduler),
         needs=("oracle_shapes16", "text_shapes"),
+        half=True,
+    ),
+    "mmdit_shapes32": Recipe(
+        summary="`mmdit_shapes` trained on for a short time with scenes of 32 x 32 pixels: 256 image tokens of 2 x 2 pixels.",
+        config=FitConfig(
+            steps=1_500,
+            batch_size=32,
+            lr=5e-4,
+            ema_decay=0.998,
+            warmup=100,
+            decay_fraction=0.6,
+            mixed_precision="bf16",
+        ),
+        run=run_scenes("mmdit_shapes32", _build_mmdit_on, _flow, _mmdit_batches(32)),
+        evaluate=evaluate_scenes(32, flow_scheduler, "Euler, 25 steps", n=100, guidance=(3.0,)),
+        data=lambda: data_line(32, "one to three objects, new scenes at each step"),
+        picture=scene_grid(32, flow_scheduler),
+        needs=("mmdit_shapes", "oracle_shapes32"),
         half=True,
     ),
 }

@@ -65,7 +65,7 @@ def sample_mnist(
 def _evaluate_dit(model: nn.Module) -> dict[str, Any]:
     train, test, oracle = load("mnist10k", "train"), load("mnist10k", "test"), zoo.load("oracle_mnist")
     metrics: dict[str, Any] = {"sampler": "Euler, 25 steps", "n": len(test)}
-    for scale in (1.0, 2.0):
+    for scale in (1.0, 1.25, 2.0):
         scores = judge_samples(oracle, sample_mnist(model, test.y, scale), test, train)
         metrics |= {f"{k}_guidance_{scale:g}": v for k, v in scores.items()}
     return metrics
