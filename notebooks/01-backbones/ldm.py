@@ -110,13 +110,13 @@ run.show_card()
 #
 # Here $q(z \mid x)$ is the Gaussian that the encoder puts around its latent, and KL the Kullback-Leibler divergence. Its weight is tiny: it only keeps the latents in bounds. Unlike in a variational autoencoder {cite:p}`kingma2014auto`, nobody samples from this prior. That is the diffusion model's task.
 #
-# **Stage 2** freezes the autoencoder and trains a diffusion model on latents, with the usual loss. Let $\tau(y)$ be the states that a text encoder makes of the caption $y$, $x_t$ the noisy latent, and $\epsilon$ the noise in it:
+# **Stage 2** freezes the autoencoder and trains a diffusion model on latents, with the usual loss. Let $\tau(y)$ be the states that a text encoder makes of the caption $y$, $x_t$ the noisy latent at noise level $t$, $\epsilon$ the noise in it, and $\alpha_t$ and $\sigma_t$ the schedule's weights of signal and noise, with $\alpha_t^2 + \sigma_t^2 = 1$:
 #
 # $$
 # L_2 = \mathbb{E}_{z, \epsilon, t} \bigl\lVert \epsilon - \hat\epsilon(x_t, t, \tau(y)) \bigr\rVert^2, \qquad x_t = \alpha_t z + \sigma_t \epsilon .
 # $$ (eq-ldm-stage2)
 #
-# The paper's network predicts the noise, as written. On this page it predicts the velocity $v = \alpha_t \epsilon - \sigma_t z$, in every arm, as Stable Diffusion 2 does: the same information, in another mixture (see {doc}`/conventions`). At high noise an error of $\hat\epsilon$ becomes
+# The paper's network predicts the noise, as written. On this page it predicts the velocity $v = \alpha_t \epsilon - \sigma_t z$, in every arm, as the 768-pixel model of Stable Diffusion 2 does: the same information, in another mixture (see {doc}`/conventions`). At high noise an error of $\hat\epsilon$ becomes
 # an error of the picture that is $\sigma_t / \alpha_t$ times as large. Our narrow networks on pixels make such errors, and would lose for that reason alone.
 #
 # To sample, start from noise of the latent's shape, take the steps there, and decode once.
@@ -160,7 +160,7 @@ latent_shape = {f: tuple(encode(f, shapes.render(scene, 32)).shape[1:]) for f in
 for f, shape in latent_shape.items():
     print(f"f = {f}: latent {shape}, {torch.Size(shape).numel():5,} numbers for 3,072 of the picture")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four columns, f = 1, 2, 4, 8. Below: the same scene, a striped yellow circle and a small striped blue cross, as each latent decodes it. It looks the same up to f = 4; at f = 8 the stripes are gone. Above: bars that show up to which noise level five details can be told apart. In every column the place of an object lasts longest. From f = 2 to f = 8 the bars get shorter, and at f = 8 the bar of the stripes nearly vanishes."}, "figure": {"caption": "The picture to remember. Below: one scene, decoded from each latent without any noise. Above: the noise level at which a detail of the large circle is lost to an ideal observer. At $f = 8$ the autoencoder has dropped the stripes and kept the rest.", "name": "fig-ldm-lost"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four columns, f = 1, 2, 4, 8. Below: the same scene, a striped yellow circle and a small striped blue cross, as each latent decodes it. It looks the same up to f = 4; at f = 8 the stripes are gone. Above: bars that show up to which noise level five details can be told apart. In every column the place of an object lasts longest. From f = 2 to f = 8 the bars get shorter, and at f = 8 the bar of the stripes is by far the shortest."}, "figure": {"caption": "The picture to remember. Below: one scene, decoded from each latent without any noise. Above: the noise level at which a detail of the large circle is lost to an ideal observer. At $f = 8$ the decoded picture has lost the stripes; the latent keeps only a weak trace of them, which little noise buries.", "name": "fig-ldm-lost"}}
 
 
 def first(name, value):
@@ -205,9 +205,9 @@ fig.supxlabel(
 plt.show()
 
 # %% [markdown]
-# Read it column by column first. The place of an object outlasts everything else, so *where* things are has to be decided early on the way from noise to picture. Details that change fewer numbers are settled later.
+# Read it column by column first. The place of an object outlasts everything else, so *where* things are has to be decided early on the way from noise to picture. The other details are settled later. Their order is set by how far each moves the latent, and it differs a little between the columns.
 #
-# Then read it from $f = 2$ to the right. A latent of fewer numbers holds each detail less redundantly, so the same schedule buries it sooner. And at $f = 8$ one bar falls out of line: the stripes. The last doubling of $f$ costs fine texture, and little else. That is the compression that the paper is after, though one
+# Then read it from $f = 2$ to the right. A latent of fewer numbers holds each detail less redundantly, so the same schedule buries it sooner. And at $f = 8$ one bar falls out of line: the stripes. In this scene the last doubling of $f$ costs fine texture, and little else that the eye would notice. That is the compression that the paper is after, though one
 # may already find it too much.
 #
 # Pixels are the most redundant of all: the colour of an object is written into dozens of them. Their bars are not the longest only because pixels in $[-1, 1]$ have
@@ -218,12 +218,12 @@ plt.show()
 # ### Stage 1, and a factor that is easily forgotten
 #
 # The three autoencoders come from this book's zoo: convolutional, one design at three depths, trained on scenes of 32 x 32 pixels with fine stripes. Their perceptual distance uses the features of the network that reads scenes, in the place of LPIPS
-# {cite:p}`zhang2018unreasonable`; there is no adversarial loss, so blur is not punished as hard as in the paper. The KL term is a *sum* over the latent, weighed against a *sum* over the pixels, as in the released code. A mean in one of the two places would change its weight a
-# thousandfold.
+# {cite:p}`zhang2018unreasonable`; there is no adversarial loss, so blur is not punished as hard as in the paper. The KL term is a *sum* over the latent, weighed against a *sum* over the pixels, as in the released code. A mean in one of the two places would change its weight a hundredfold
+# or more.
 #
 # Nothing in {eq}`eq-ldm-stage1` asks for latents of spread 1. A noise schedule assumes it. So the latents are divided by their standard deviation, one number for all channels. Here is what happens without. The cell is broken on purpose.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of six decoded pictures of one noisy latent, from t = 0 to t = 999. With unit spread the scene dissolves by the middle. With the spread of Stable Diffusion's raw latents it is still visible at high noise levels."}, "figure": {"caption": "Broken on purpose in the lower rows. A noised latent, decoded as it is. Top: divided by its standard deviation. Middle: this autoencoder's raw latent. Bottom: spread as widely as the raw latents of Stable Diffusion, 5.5. The same $t$ no longer means the same loss.", "name": "fig-ldm-rescale"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Three rows of six decoded pictures of one noisy latent, from t = 0 to t = 999. With unit spread, and with the raw spread just the same, the scene is damaged at t = 400 and nearly gone at 600. With the spread of Stable Diffusion's raw latents it is clean at 400 and can still be made out at 600."}, "figure": {"caption": "Broken on purpose in the lower rows. A noised latent, decoded as it is. Top: divided by its standard deviation. Middle: this autoencoder's raw latent. Bottom: spread as widely as the raw latents of Stable Diffusion, 5.5. The same $t$ no longer means the same damage.", "name": "fig-ldm-rescale"}}
 vae, x = vaes[4], shapes.render(scene, 32)
 z = encode(4, x)
 spreads = {"divided by std": 1.0, "raw": 1 / vae.scaling_factor, "as wide as SD's": 1 / 0.18215}
@@ -244,7 +244,7 @@ for name, spread in spreads.items():
     print(f"{name:16s} signal over noise at the last step, t = 999: {left:.2f}")
 
 # %% [markdown]
-# The raw spread of this autoencoder happens to lie near 1, so the step could almost be forgotten here. Stable Diffusion's does not. Sampling starts from pure noise, but a model trained on latents like the last row has never seen pure noise. And most of its training steps show it nearly clean latents, where there is little to learn. One arm below trains on such latents, to see the price.
+# The raw spread of this autoencoder happens to lie near 1, so the step could almost be forgotten here. Stable Diffusion's does not. Sampling starts from pure noise, but a model trained on latents like the last row has never seen pure noise. And many of its training steps show it nearly clean latents, where there is little to learn. One arm below trains on such latents, to see what it costs.
 #
 # :::{admonition} In the released code
 # :class: tip
@@ -254,8 +254,8 @@ for name, spread in spreads.items():
 #
 # ### Stage 2: a U-Net that reads
 #
-# The denoiser is a U-Net {cite:p}`ronneberger2015unet`. At some resolutions a *spatial transformer* follows each residual block. It treats the places of the feature map as tokens, and lets them look at each other, then at the text, then through a small network each for
-# itself. The look at the text is cross-attention {cite:p}`vaswani2017attention`. Let $h$ be the tokens of the picture ($n$ of them, width $d$) and $\tau$ the states of the text:
+# The denoiser is a U-Net {cite:p}`ronneberger2015unet`. At some resolutions a *spatial transformer* follows each residual block. It treats the places of the feature map as tokens, and lets them look at each other, then at the text, then go through a small network each for
+# itself. One addition here is not the paper's: the places are marked with fixed sine and cosine positions before they look, in every arm. It is meant to help so few layers to learn soon what is where. The look at the text is cross-attention {cite:p}`vaswani2017attention`. Let $h$ be the tokens of the picture ($n$ of them, width $d$) and $\tau$ the states of the text:
 #
 # $$
 # \operatorname{softmax}\!\left( \frac{Q K^\top}{\sqrt{d_\text{head}}} \right) V, \qquad Q = h\, W_Q, \quad K = \tau\, W_K, \quad V = \tau\, W_V .
@@ -396,9 +396,9 @@ print("scaling as predicted:", "PASS" if max(off) < 1e-6 else max(off))
 
 # %% [markdown]
 # The lines of cross-attention hold queries, products and output; the norms are counted in values. At the paper's size and $f = 1$, self-attention between all pixels would outweigh everything else together: models on pixels therefore keep attention to low resolutions. The latent brings the full model back into
-# reach.
+# reach. (The column is a thought experiment. For its own comparison of factors the paper keeps the number of parameters nearly constant, but fits depth and widths of the U-Net to each $f$. Here the body is literally the same.)
 #
-# The same modules at the published sizes have the published numbers of parameters. So the blocks are wired like the paper's.
+# The same modules at the published sizes have the published numbers of parameters. That speaks for the same parts in the same sizes; a count alone cannot show how they are wired.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -642,7 +642,7 @@ results = {name: [done[job][0] for job in jobs if job[0] == name] for name in ta
 # ### Quality for the same work
 #
 # The Fréchet distance (FD) compares the features of generated and of real scenes; lower is better. Samples are decoded first and compared with real pictures, never with reconstructions: what the decoder loses has to count. Its *floor* is the
-# distance of held-out real scenes, in the same number.
+# distance of held-out real scenes, in the same number. With so few samples the distance is biased upwards, for real scenes too: read it against the floor, not against zero. The features tell what is in a picture, not where, and they do see the stripes.
 
 # %%
 final = {name: torch.tensor([r["points"][-1][1] for r in rs]) for name, rs in results.items()}
@@ -674,7 +674,7 @@ for name, rs in results.items():
 lines.append(f"| held-out real scenes (floor) | {with_interval(floor, '.1f')} | |")
 display(Markdown("\n".join(lines)))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Fréchet distance on a logarithmic axis against training operations, three points an arm. The curves of the latent arms lie far below that of f = 1 at every point. All fall with more training. A dashed line at the bottom is the floor of real scenes."}, "figure": {"caption": "Fréchet distance against the work of training, one curve an arm. Bands: 90 % intervals over seeds. Dashed: real held-out scenes. The learning rate falls to zero towards the last point only, which favours it.", "name": "fig-ldm-flops"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Fréchet distance on a logarithmic axis against training operations, three points an arm. The curves of the latent arms lie far below those of the three pixel arms at every point, that of f = 4 lowest. They fall with more training, as do the narrow and the patched pixel arms, a little; that of f = 1 hardly moves. A dashed line at the bottom is the floor of real scenes."}, "figure": {"caption": "Fréchet distance against the work of training, one curve an arm. Bands: 90 % intervals over seeds. Dashed: real held-out scenes. The learning rate falls to zero towards the last point only, which favours it.", "name": "fig-ldm-flops"}}
 shown = ["f = 1", "f = 2", "f = 4", "f = 8", "pixels, narrow", "pixels, patches"]
 fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
 for name, colour, marker in zip(shown, PALETTE, "osD^vP", strict=False):
@@ -698,14 +698,21 @@ plt.show()
 # %% [markdown]
 # The axis counts operations, not seconds. On small grids a step is so short that the processor spends part of it on overheads: compare the seconds in the table, which are far from equal.
 #
+# Take the three arms on pixels with care. After the number of steps that the budget buys them, they are hardly trained. At distances this large their order means little, and none of them says what a pixel model can do.
+#
+# And the broken arm? Its distance is close to that of the intact $f = 4$, and it is one seed. So this page does not show that forgetting the factor costs much. The likely reasons: a run this short is far from the quality at which the mismatch would tell, and a schedule that leaves some signal at its last step
+# misleads a model less when nearly every scene begins with the same dark ground.
+#
 # What do these distances look like?
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Rows of eight generated scenes, one row an arm, the top row shows what was asked for. The row of f = 1 is noise or blotches. The rows of the latent arms show coloured objects on a dark ground."}, "figure": {"caption": "The first eight held-out captions of the first seed, not picked, drawn by each arm without guidance. Top: what was asked for.", "name": "fig-ldm-samples"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Rows of eight generated scenes, one row an arm, the top row shows what was asked for. The row of f = 1 is noise, the narrow arm draws pale blotches, the patched arm noise with blotches. The rows of the latent arms show coloured objects on a dark ground: speckled blobs at f = 2, textured and some of the right shape at f = 4, clean but without stripes at f = 8."}, "figure": {"caption": "The first eight held-out captions of the first seed, not picked, drawn by each arm without guidance. Top: what was asked for.", "name": "fig-ldm-samples"}}
 rows = {"asked for": held[s.seeds[0]][:8]} | {name: results[name][0]["points"][-1][2] for name in shown}
 plotting.show_images(torch.cat(list(rows.values())), 8, row_labels=list(rows), scale=0.62)
 plt.show()
 
 # %% [markdown]
+# The pictures of the pixel arms are not bad scenes: they are not scenes yet. Look at $f = 2$ and $f = 8$ as well. Their distances are close, but one draws speckled blobs with hardly a shape, the other clean shapes without stripes. The judge seems to mind missing stripes about as much as missing shapes; a person might not.
+#
 # ### How far to compress
 #
 # More compression makes a step cheaper, and the picture worse before the diffusion model has done anything. We measure the second effect by sending held-out scenes through the autoencoder alone. The *reconstruction FD* (rFD) compares them with the same scenes untouched, so that $f = 1$ has 0. In the figure,
@@ -726,7 +733,7 @@ for f in FACTORS:
     lines.append(f"| {f} | {size:,} | {with_interval(rates[f]['paired'])} | {quality} |")
 display(Markdown("\n".join(lines)))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Fréchet distance against f = 1, 2, 4, 8 on a logarithmic axis. The lower curve, reconstructions, rises from the floor at f = 1. The upper curve, samples, falls steeply from f = 1 and flattens or turns up towards f = 8."}, "figure": {"caption": "Fréchet distance of samples and of reconstructions to training scenes, against the downsampling factor; equal training work for all samples. Bands: 90 % intervals over seeds. Left, the diffusion model is what limits; right, the autoencoder.", "name": "fig-ldm-factor"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Fréchet distance against f = 1, 2, 4, 8 on a logarithmic axis. The lower curve, reconstructions, stays on the floor up to f = 4 and leaps at f = 8. The upper curve, samples, falls from f = 1 to f = 4 and turns up at f = 8, where the two nearly meet."}, "figure": {"caption": "Fréchet distance of samples and of reconstructions to training scenes, against the downsampling factor; equal training work for all samples. Bands: 90 % intervals over seeds. Left, the diffusion model is what limits; right, the autoencoder.", "name": "fig-ldm-factor"}}
 fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
 curve(ax, FACTORS, torch.stack([final[f"f = {f}"] for f in FACTORS], 1), "samples", PALETTE[0])
 copies = torch.tensor([rates[f]["reference"] for f in FACTORS]).T
@@ -739,11 +746,11 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# PSNR is the peak signal-to-noise ratio of reconstructions. The gap between the two curves is what the diffusion model adds; the lower curve is what no diffusion model on these latents can remove.
+# PSNR is the peak signal-to-noise ratio of reconstructions. The gap between the two curves is what the diffusion model adds; the lower curve is what no diffusion model on these latents should be expected to remove. Up to $f = 4$ the autoencoder costs so little that the noise of the floor hides it: only rFD, which compares each set with its own originals, sees it. At $f = 8$ nearly all of the distance is the autoencoder's.
 #
 # ### What cross-attention is worth
 #
-# Now captions with two objects, drawn with guidance 3. An object counts as right if its shape, colour and size are read back in the cell where they were asked for. Three landmarks belong to the number: real scenes sent through the autoencoder (the ceiling), the same samples judged by *other* captions,
+# Now captions with two objects, drawn with guidance 3: each step goes three times as far from the prediction without the caption as the prediction with it ({doc}`/conventions`). An object counts as right if the network that reads scenes finds its shape, colour and size in the cell where they were asked for. Three landmarks belong to the number: real scenes sent through the autoencoder (the ceiling), the same samples judged by *other* captions,
 # and real scenes judged by other captions (chance).
 
 
@@ -773,6 +780,8 @@ for name in seen:
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
+# Cross-attention is far ahead, though far from the ceiling as well, and its seeds differ widely: in runs this short the binding of words to places is still being learned.
+#
 # The pooled arm has one vector for the whole caption, the same at every place. It has to say with that vector which of nine cells gets what, and self-attention has to work out the rest from positions. It cannot look anything up. Does the vector hold enough to say it? A linear
 # read-out tells. It is fitted on some captions of two objects and tested on others.
 
@@ -793,12 +802,12 @@ print(
 )
 
 # %% [markdown]
-# So what the pooled arm lacks is not information. It is the way to it.
+# So what the pooled arm lacks is not information. At this budget it has not learned to use it. Whether it would in a longer run, the page does not show.
 #
-# Who looks at which word? The trained model of the zoo, `unet_shapes32`, has larger maps to show. We record the weights of {eq}`eq-ldm-cross` in all its cross-attention layers, with `record_attention`, while it draws one scene in 25 steps. (It works on pixels in patches of 2 x 2 and was trained without stripes; its
+# Who looks at which word? The trained model of the zoo, `unet_shapes32`, has larger maps to show. We record the weights of {eq}`eq-ldm-cross` in its cross-attention layers with `record_attention`, and show those with maps of at least 8 x 8, while it draws one scene in 25 steps. (It works on pixels in patches of 2 x 2 and was trained without stripes; its
 # blocks are those of this page.)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A drawn scene with two objects, and one small heat map for each word of the caption. The maps of the words of the first object are bright around the place of the first object, those of the second object around the second. The word 'and' is bright elsewhere."}, "figure": {"caption": "Where each word is read: cross-attention weights, averaged over steps, layers and heads, each map scaled to its own range. Bright places read the word more than other places do.", "name": "fig-ldm-words"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A drawn scene with two objects, and one small heat map for each word of the caption. The maps of size, colour and shape are bright at the object that they describe. Those of the words of place are not: top and bottom are bright beside or below and above their objects, left and right mostly along a band in the middle. The map of 'and' is spread over much of the picture."}, "figure": {"caption": "Where each word is read: cross-attention weights, averaged over steps, layers and heads, each map scaled to its own range. Bright places read the word more than other places do. Words of size, colour and shape are read at their object; words of place beside it.", "name": "fig-ldm-words"}}
 painter = zoo.load("unet_shapes32", device)
 caption = "large red circle top left and small blue square bottom right"
 tokens = shapes.encode(caption)[None].to(device)
@@ -824,11 +833,13 @@ for ax in axes.flat:
 plt.show()
 
 # %% [markdown]
+# Places that hold an object read its size, colour and shape. The words of place are read elsewhere, next to the object or along the middle, perhaps where it has to be decided that nothing goes. A map like this shows where a word is read, not what is done with it.
+#
 # ### A wider canvas
 #
-# The U-Net is convolutional, and so is the decoder. Nothing stops us from starting with a latent of another shape. The arm with $f = 4$ was trained on latents of 8 x 8; here it gets noise of 8 x 12, which decodes to pictures of 32 x 48.
+# The U-Net's convolutions and attention take maps of any size, and so does the decoder. Nothing stops us from starting with a latent of another shape. The arm with $f = 4$ was trained on latents of 8 x 8; here it gets noise of 8 x 12, which decodes to pictures of 32 x 48.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Four captions of two objects. Above them square scenes, below wide ones of the same captions: coloured objects on a dark ground, in the wide pictures less reliably where they were asked for."}, "figure": {"caption": "The same four captions on the canvas of training (top) and on one half as wide again (bottom), first seed, guidance 3. Not picked.", "name": "fig-ldm-wide"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four captions of two objects. Below them square scenes, then wide ones of the same captions: coloured objects on a dark ground, not all of the colour and shape that were asked for. In two of the wide pictures an object appears twice."}, "figure": {"caption": "The same four captions on the canvas of training (top) and on one half as wide again (bottom), first seed, guidance 3. Not picked.", "name": "fig-ldm-wide"}}
 ask = shapes.tokens(pairs[0][:4])
 model = results["f = 4"][0]["model"].to(device)
 fig, axes = plt.subplots(2, 4, figsize=(7, 3.1), layout="constrained")
@@ -843,7 +854,7 @@ for ax, row in zip(axes[0], ask, strict=True):
 plt.show()
 
 # %% [markdown]
-# It works in so far as the pictures are of a piece. But the model has never seen a place beyond the eighth column, and on this canvas "right" and "centre" lie elsewhere than it learned. The released code says the same of its own wide samples: they can be interesting, and the control is weaker.
+# It works in so far as the pictures are of a piece. But some objects come out twice: the model has never seen a place beyond the eighth column of the latent, and on this canvas "right" and "centre" lie elsewhere than it learned. (That colours and shapes are often wrong on both canvases is the short training.) The released code says the same of its own wide samples: they can be interesting, and the control is weaker.
 #
 # ### All claims
 
@@ -853,21 +864,26 @@ run.report()
 # %% [markdown]
 # How to read it. The first four lines are arithmetic.
 #
-# *Latent over pixels* is the paper's headline in small, and the easiest to win: for the price of one step on pixels, a latent of $f = 4$ gets more than a dozen. A U-Net on pixels has hardly begun to learn when its budget is spent. So the line says
-# that the latent is far cheaper to *begin* with. It does not say where a pixel model would end. The paper compares at equal numbers of steps, which is kinder to pixels, and trains for millions.
+# *Latent over pixels* is the paper's headline in small, and the easiest to win: for the price of one picture in training on pixels, a latent of $f = 4$ gets more than a dozen. A U-Net on pixels has hardly begun to learn when its budget is spent. So the line says
+# that the latent is far cheaper to *begin* with. It does not say where a pixel model would end, and the size of the ratio is that of this budget. The paper compares at equal numbers of steps, with smaller batches for pixels, on one GPU for each model, and trains for millions of steps.
 #
-# The two other controls ask what exactly is worth so much. A narrow U-Net on pixels takes a cheap step too, and shows whether cheapness is all. The patched one works on the grid of $f = 2$, at the same price and with the same body. A place of it holds 12 raw numbers, where the latent has 4.
-# So *latent over patches*, which compares it with $f = 2$, is about the autoencoder alone: whether learned numbers are easier to model than raw ones. Compare it in {numref}`fig-ldm-flops` with $f = 4$ as well: that is the choice one would really have.
+# The two other controls ask what exactly is worth so much. A narrow U-Net on pixels takes a cheaper step, though one still dearer than that of $f = 4$, so it can only begin to answer whether cheapness is all. The patched one works on the grid of $f = 2$, at the same price and with the same body. A place of it holds 12 raw numbers, where the latent has 4.
+# So *latent over patches*, which compares it with $f = 2$, comes closest to the autoencoder alone: are learned numbers easier to model than raw ones? Compare it in {numref}`fig-ldm-flops` with $f = 4$ as well: that is the choice one would really have.
 #
-# *Rate-distortion* and *decoder limit* belong to {numref}`fig-ldm-factor`: the lower curve must rise, and samples cannot be expected below it. *Interior* is stated for the longer runs of the `gpu` profile. In short runs the best factor moves to the right: the less there is to spend, the more compression pays.
+# Both controls are formally won, and both answers are weak. {numref}`fig-ldm-samples` shows why: these pixel arms, too, were stopped before they drew anything. What is measured is how soon each arm gets rid of noise. There the latent has help of two kinds. A decoder that has only ever made clean pictures hides what noise is left, where a pixel arm
+# shows it to the judge. And the narrow first level of our U-Net, with hardly more channels than a patch has numbers, is a tight place for noise to pass. Wider bodies and longer runs, as in the `gpu` profile, would be the fair trial; the run shown here, in the `cpu` profile, is not.
 #
-# *Cross over pooled* compares two ways to read the same frozen states. Both arms start from the same encoder, and the pooled one is wider. *Shuffled* is a check of the wiring: the same samples, judged by another caption, must fall to chance.
+# *Rate-distortion* and *decoder limit* belong together: rFD in the table must rise with $f$, and in {numref}`fig-ldm-factor` samples cannot be expected below the lower curve. At $f = 8$ they almost touch it, so that more training could win little there. *Interior* was stated for the longer runs of the `gpu` profile, and holds here already. Its left half is the easy win over pixels again; its right half is the price of the stripes.
+# We expect the best factor to move with the budget: the less there is to spend, the more compression pays.
+#
+# *Cross over pooled* compares two ways to read the same frozen states. Both arms start from the same encoder, and the pooled one is wider, to make up for the parameters that it lacks. The paper has no such comparison. *Shuffled* is a check of the wiring: the same samples, judged by another caption, must fall to chance.
 #
 # ## What this does not show
 #
 # :::{admonition} What this does not show
 # :class: warning
-# - **Converged models.** Each arm trains for less than a minute in the `cpu` profile. The order of the arms after weeks may differ, above all for pixels.
+# - **Converged models.** Each arm trains for less than a minute in the `cpu` profile. The order of the arms after weeks may differ, above all for pixels: none of the three pixel arms gets as far as drawing scenes.
+# - **The price of not rescaling.** One seed, and no clear difference at this length.
 # - **Photographs.** Stripes are the only fine detail here. In photographs most bits are detail, and what may be dropped is a matter of taste.
 # - **The paper's first stage.** There is no adversarial loss, no vector-quantised variant {cite:p}`esser2021taming`, and one autoencoder for each $f$: the intervals do not hold the luck of *its* training.
 # - **A neutral judge.** The Fréchet distance uses features of the network whose lower layers also served as the autoencoders' perceptual distance. Both sides of *latent over patches* are measured with it, but only one was trained with its help.
