@@ -477,8 +477,7 @@ def test_unknown_caption_states_are_refused(monkeypatch):
         caption_states("minilm", "dev")
     from minilib.data.text_states import _vendored
 
-    known = assets.entries()
-    known["minilm_states"]["emoji_sha256"] = "0" * 64
-    monkeypatch.setattr(assets, "entries", lambda root=None: known)
+    stale = assets.entry("minilm_states") | {"emoji_sha256": "0" * 64}
+    monkeypatch.setattr(assets, "entry", lambda name, root=None: stale)
     with pytest.raises(RuntimeError, match="another emoji.npz"):
         _vendored.__wrapped__("minilm", "train")
