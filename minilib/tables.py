@@ -29,6 +29,8 @@ _STYLE = """<style>
 .minilib-table th, .minilib-table td {border: 1px solid rgba(128, 128, 128, .45); padding: .3em .6em;
   text-align: left; vertical-align: top; color: inherit; background: none;}
 .minilib-table .chosen {font-weight: 600;}
+.minilib-table summary {cursor: pointer; font-weight: 600; padding: .2em 0;}
+details.minilib-table td {width: 50%;}
 .minilib-table p {margin: .3em 0; font-size: .88em; opacity: .85;}
 .minilib-verdict {white-space: nowrap; font-weight: 600; padding-left: .4em; border-left: .4em solid #999999;}
 """
@@ -91,7 +93,8 @@ def _html(
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     thead = f"<thead><tr>{header}</tr></thead>" if head else ""
     foot = "".join(f"<p>{note}</p>" for note in notes)
-    table = f"<table><caption>{caption}</caption>{thead}<tbody>{body}</tbody></table>"
+    title = f"<caption>{caption}</caption>" if caption else ""
+    table = f"<table>{title}{thead}<tbody>{body}</tbody></table>"
     return f'{_STYLE}<div class="minilib-table {name}">{table}{foot}</div>'
 
 
@@ -171,16 +174,22 @@ def card_html(card: Card) -> str:
     if card.official_code:
         facts.append(("official code", "<br>".join(map(_link, card.official_code))))
     facts.append(("stands in here", prose(card.stands_in)))
-    for claim in card.claims:
-        text = f"<code>{escape(claim.id)}</code> <small>({claim.kind})</small><br>{prose(claim.statement)}"
-        aim = (
-            f"Not tried: {prose(claim.not_tried)}"
-            if claim.not_tried
-            else f"Confirmed if {escape(target(claim))}"
-        )
-        metric = f"<br><small>{prose(claim.metric)}</small>" if claim.metric else ""
-        facts.append((f"claim {text}", f"{aim}{metric}"))
-    return _html("minilib-card", escape(card.title), (), facts, ())
+    about = _html("minilib-card", escape(card.title), (), facts, ())
+    claims = _html("minilib-card", "", ("claim", "confirmed if"), [_claim_row(c) for c in card.claims], ())
+    count = f"{len(card.claims)} claim{'s' if len(card.claims) != 1 else ''}"
+    # Folded: on a page with thirty claims the table alone fills several screens before the idea is told.
+    return (
+        f'{about}<details class="minilib-table"><summary>{count} with thresholds, written down before the first run</summary>'
+        f"{claims}</details>"
+    )
+
+
+def _claim_row(claim: Claim) -> tuple[str, str]:
+    text = f"<code>{escape(claim.id)}</code> <small>({claim.kind})</small><br>{prose(claim.statement)}"
+    if claim.not_tried:
+        return text, f"Not tried: {prose(claim.not_tried)}"
+    metric = f"<br><small>{prose(claim.metric)}</small>" if claim.metric else ""
+    return text, f"{escape(target(claim))}{metric}"
 
 
 def _link(code: str) -> str:

@@ -451,6 +451,10 @@ def test_card_and_settings_in_a_notebook(run, shown):
     ):
         assert text in card
     assert "Not tried: it needs a large model" in card
+    about, folded = card.split("<details")
+    assert "One idea." in about and "≥ 1.5" not in about, "thirty claims would hide the idea: they are folded"
+    count = len(run.card.claims)
+    assert f"<summary>{count} claims with thresholds" in folded and folded.count("<code>") == count
     assert '<span class="chosen">0, 1, 2</span>' in settings and "<td>0</td>" in settings
     assert '<th scope="col"><span class="chosen">cpu</span></th>' in settings
 

@@ -105,7 +105,10 @@ run.show_card()
 # this page: $f = 1$ is no autoencoder at all. Its loss asks for three things: a picture that is close, one that *looks* close (a distance in the features of a trained network; in the paper also an adversarial loss), and latents that do not run away:
 #
 # $$
-# L_1 = \lVert x - \mathcal{D}(z) \rVert_1 + d_\text{features}(x, \mathcal{D}(z)) + 10^{-6}\, \mathrm{KL}\bigl(q(z \mid x) \,\Vert\, \mathcal{N}(0, 1)\bigr).
+# \begin{aligned}
+# L_1 = {} & \lVert x - \mathcal{D}(z) \rVert_1 + d_\text{features}(x, \mathcal{D}(z)) \\
+# & + 10^{-6}\, \mathrm{KL}\bigl(q(z \mid x) \,\Vert\, \mathcal{N}(0, 1)\bigr).
+# \end{aligned}
 # $$ (eq-ldm-stage1)
 #
 # Here $q(z \mid x)$ is the Gaussian that the encoder puts around its latent, and KL the Kullback-Leibler divergence. Its weight is tiny: it only keeps the latents in bounds. Unlike in a variational autoencoder {cite:p}`kingma2014auto`, nobody samples from this prior. That is the diffusion model's task.
