@@ -104,14 +104,13 @@ def test_a_concept_of_another_split_is_refused(data, states):
 
 
 def test_real_pictures_are_recognised_and_others_are_not(data):
-    def features(x):
-        return x.flatten(1)
-
+    real = data.x.flatten(1)
     places = picked(data, 30, seed=0)
     assert len(data.concept[places].unique()) == 30 and data.style[places].bincount().tolist() == [10, 10, 10]
-    assert torch.equal(nearest_real(data.x[places], data, features), places)
+    nearest = nearest_real(real[places], real)
+    assert torch.equal(nearest, places)
     concept, style = data.concept[places], data.style[places]
-    right = recognised(data.x[places], concept, style, data, features)
+    right = recognised(nearest, concept, style, data)
     assert right == {"concept": 1.0, "style": 1.0, "both": 1.0}
-    wrong = recognised(data.x[places].roll(1, 0), concept, style, data, features)
+    wrong = recognised(nearest_real(real[places].roll(1, 0), real), concept, style, data)
     assert wrong["concept"] == 0.0 and wrong["both"] == 0.0 and wrong["style"] == 0.0

@@ -132,30 +132,22 @@ def draw_emoji(
 
 
 def recognised(
-    x: Float[Tensor, "n c h w"],
-    concept: Int[Tensor, " n"],
-    style: Int[Tensor, " n"],
-    real: CaptionedImageSet,
-    features: Callable[[Tensor], Tensor],
+    nearest: Int[Tensor, " n"], concept: Int[Tensor, " n"], style: Int[Tensor, " n"], real: CaptionedImageSet
 ) -> dict[str, float]:
     """Is the real picture that looks most like a drawing one of what was asked for? Shares of drawings.
 
-    Likeness is the cosine of the features of an ImageNet classifier. ``concept``: the nearest picture shows the concept, in any
+    ``nearest`` holds places in ``real``, from :func:`nearest_real`. ``concept``: the nearest picture shows the concept, in any
     style. ``style``: it is of the style. ``both``: it is the picture of that concept in that style.
     """
-    nearest = nearest_real(x, real, features)
     same_concept, same_style = real.concept[nearest] == concept, real.style[nearest] == style
     both = same_concept & same_style
     hits = {"concept": same_concept, "style": same_style, "both": both}
     return {name: float(hit.float().mean()) for name, hit in hits.items()}
 
 
-def nearest_real(
-    x: Float[Tensor, "n c h w"], real: CaptionedImageSet, features: Callable[[Tensor], Tensor]
-) -> Int[Tensor, " n"]:
-    """For each drawing the place in ``real`` of the picture with the nearest features."""
-    a, b = F.normalize(features(x), dim=1), F.normalize(features(real.x), dim=1)
-    return (a @ b.T).argmax(1)
+def nearest_real(drawn: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> Int[Tensor, " n"]:
+    """For each drawing the place of the real picture most like it: the largest cosine of their features."""
+    return (F.normalize(drawn, dim=1) @ F.normalize(real, dim=1).T).argmax(1)
 
 
 def picked(data: CaptionedImageSet, n: int, seed: int) -> Int[Tensor, " n"]:
@@ -181,13 +173,13 @@ def evaluate_emoji(
     train, test = load("emoji", "train", SIZE), load("emoji", "test", SIZE)
     known, new = caption_states(ENCODER, "train"), caption_states(ENCODER, "test")
     net, oracle = load_effnet_lite0(), EffNetFeatures()
+    real = effnet_features(train.x, net=net)
     places = picked(train, n, seed=1)
     metrics: dict[str, Any] = {"sampler": "Euler, 25 steps", "n_held_in": n, "n_held_out": len(test)}
     for scale in guidance:
         seen = draw_emoji(model, known, train.concept[places], train.style[places], guidance_scale=scale)
-        share = recognised(
-            seen, train.concept[places], train.style[places], train, lambda x: effnet_features(x, net=net)
-        )
+        nearest = nearest_real(effnet_features(seen, net=net), real)
+        share = recognised(nearest, train.concept[places], train.style[places], train)
         metrics |= {f"recognised_{key}_guidance_{scale:g}": value for key, value in share.items()}
         unseen = draw_emoji(model, new, test.concept, test.style, guidance_scale=scale, seed=1)
         fd = effnet_report(unseen, train.x, test.x, oracle=oracle)
@@ -208,12 +200,13 @@ def emoji_picture(model: nn.Module) -> bytes:
     from minilib.models.efficientnet import load_effnet_lite0
 
     train, net = load("emoji", "train", SIZE), load_effnet_lite0()
+    real = effnet_features(train.x, net=net)
     rows = []
     for split in ("train", "test"):
         data, states = load("emoji", split, SIZE), caption_states(ENCODER, split)
         places = picked(data, 12, seed=7)
         x = draw_emoji(model, states, data.concept[places], data.style[places], seed=7)
-        nearest = nearest_real(x, train, lambda part: effnet_features(part, net=net))
+        nearest = nearest_real(effnet_features(x, net=net), real)
         rows += [data.x[places], x, train.x[nearest]]
     labels = ["real, known", "drawn", "nearest", "real, new", "drawn", "nearest"]
     return rows_png(torch.cat(rows), labels, columns=12)
