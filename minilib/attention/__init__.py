@@ -28,6 +28,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "joint": ["JointAttention", "RotaryAttention", "joint_ids", "joint_mask"],
         "key_values": ["patch_keys_values", "record_keys_values"],
         "module": ["Attention", "AttentionLayer"],
-        "rope": ["RotaryEmbedding", "apply_rotary", "grid_ids"],
+        "rope": ["RotaryEmbedding", "apply_rotary", "grid_ids", "interpolated"],
     },
 )

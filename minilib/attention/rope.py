@@ -9,6 +9,7 @@ models pair the i-th number with the (i + d/2)-th instead: their weights need a 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Complex, Float, Int, Num
@@ -44,6 +45,26 @@ def rotary_frequencies(
     if dim < 2 or dim % 2:
         raise ValueError(f"an axis turns pairs of numbers: its share must be even and positive, got {dim}")
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+
+
+def interpolated(factor: float) -> Scaling:
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595): positions count ``1 / factor`` of a step on every axis.
+
+    With 2, a canvas of twice as many patches a side turns as far as the one that the model was trained on.
+
+    Raises:
+        ValueError: ``factor`` is not positive.
+
+    >>> interpolated(2.0)(torch.tensor([1.0, 0.1]), 0)
+    tensor([0.5000, 0.0500])
+    """
+    if factor <= 0:
+        raise ValueError(f"positions can be interpolated by a positive factor, got {factor}")
+    return partial(_divided, factor=factor)
+
+
+def _divided(frequencies: Float[Tensor, " half"], axis: int, *, factor: float) -> Float[Tensor, " half"]:
+    return frequencies / factor
 
 
 def apply_rotary(x: Float[Tensor, "b h n d"], table: RotaryTable) -> Float[Tensor, "b h n d"]:

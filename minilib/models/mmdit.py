@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention.functional import Mask
 from ..attention.joint import ContextIds, joint_ids, joint_mask
-from ..attention.rope import Ids, RotaryEmbedding, grid_ids
+from ..attention.rope import Ids, RotaryEmbedding, grid_ids, interpolated
 from .dit import FinalLayer
 from .layers import PatchEmbed, TimestepEmbedder
 from .mmdit_blocks import CroppedPositions, MMDiTBlock, PooledEmbedder, SincosPositions
@@ -47,6 +47,8 @@ class MMDiT(nn.Module):
             canvas uses the middle (SD3).
         rope_theta: base of the rotary frequencies; 100 spreads the waves over a grid of 8 to 32 patches.
         rope_axes_dims: share of the head's width for row and column; equal if left out.
+        rope_interpolation: rotary positions are divided by this. A model that goes from 8 x 8 to 16 x 16 patches sees
+            familiar places with 2 (position interpolation).
         pos_embed_max_size: side of the stored table of "sincos_cropped", in patches.
         dual_attention_layers: indices of blocks with a second attention among the image tokens (SD3.5-medium).
         out_channels: channels of the prediction; ``in_channels`` if left out.
@@ -78,6 +80,7 @@ class MMDiT(nn.Module):
         positions: str = "rope",
         rope_theta: float = 10_000.0,
         rope_axes_dims: Sequence[int] | None = None,
+        rope_interpolation: float = 1.0,
         pos_embed_max_size: int | None = None,
         dual_attention_layers: Sequence[int] = (),
         out_channels: int | None = None,
@@ -125,9 +128,12 @@ class MMDiT(nn.Module):
             raise ValueError(f"unknown positions {positions!r}: choose one of {list(POSITIONS)}")
         c, dim = self.config, self.hidden_size
         self.rotary = self.positions = None
+        if positions != "rope" and c["rope_interpolation"] != 1.0:
+            raise ValueError(f"rope_interpolation is for positions='rope', got positions={positions!r}")
         if positions == "rope":
             head_dim = dim // c["num_heads"]
             self.rotary = RotaryEmbedding(head_dim, theta=c["rope_theta"], axes_dims=c["rope_axes_dims"])
+            self.rotary.scaling = interpolated(c["rope_interpolation"])
         elif positions == "sincos":
             self.positions = SincosPositions(dim)
         elif c["pos_embed_max_size"] is None:

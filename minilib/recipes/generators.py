@@ -140,11 +140,16 @@ def _build_mmdit() -> nn.Module:
 
 
 def _build_mmdit_on() -> nn.Module:
-    """``mmdit_shapes`` on a canvas of 32 x 32 pixels: the same weights, 16 x 16 tokens, rotary positions from 0 to 15."""
+    """``mmdit_shapes`` on a canvas of 32 x 32 pixels: the same weights, 16 x 16 tokens, positions at every half.
+
+    Without interpolation it places nothing at first; with it all objects are at once in place and in their colours.
+    """
     from minilib.models import TextMMDiT
 
     small = zoo.load("mmdit_shapes")
-    model = TextMMDiT(small.config["text"], {**small.config["mmdit"], "sample_size": 32})
+    model = TextMMDiT(
+        small.config["text"], {**small.config["mmdit"], "sample_size": 32, "rope_interpolation": 2.0}
+    )
     model.load_state_dict(small.state_dict())
     return model
 
@@ -217,7 +222,8 @@ RECIPES: dict[str, Recipe] = {
         half=True,
     ),
     "mmdit_shapes32": Recipe(
-        summary="`mmdit_shapes` trained on for a short time with scenes of 32 x 32 pixels: 256 image tokens of 2 x 2 pixels.",
+        summary="`mmdit_shapes` trained on for a short time with scenes of 32 x 32 pixels: 256 image tokens of 2 x 2 pixels, "
+        "their rotary positions interpolated by 2.",
         config=FitConfig(
             steps=1_500,
             batch_size=32,

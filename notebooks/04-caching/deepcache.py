@@ -341,12 +341,16 @@ print("counted = by hand:", "PASS" if max(differences) == 0 else differences)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: bars of the share of a full call that a cached call of each branch costs, rising from under one tenth at branch 0 to nearly one at branch 8. Right: cost of a whole sampler against the interval for branches 0, 2 and 4; the line of branch 0 falls close to the ideal one over N, the others level off at the cost of a cached call."}, "figure": {"caption": "Where the work is. Left: what a cached call costs. Right: what a sampler of 50 steps costs; the dashed line is $1/N$, a cache that costs nothing. Counted, not timed.", "name": "fig-deepcache-work"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
-left.bar(list(share), list(share.values()), color=[PALETTE[0]] + [PALETTE[5]] * (n_skips - 1))
+left.bar(
+    list(share),
+    list(share.values()),
+    color=[PALETTE[5], PALETTE[2], PALETTE[0]] + [PALETTE[2]] * (n_skips - 3),
+)
 left.set(
     xlabel="branch $b$ (0 is outermost)", ylabel="cached call / full call", xticks=range(n_skips), ylim=(0, 1)
 )
 intervals = range(1, 21)
-for b, colour in ((0, PALETTE[0]), (2, PALETTE[2]), (4, PALETTE[1])):
+for b, colour in ((0, PALETTE[5]), (2, PALETTE[0]), (4, PALETTE[1])):
     costs = [plan_cost(50, uniform_refreshes(50, N), 1, share[b]) / 50 for N in intervals]
     right.plot(intervals, costs, "o-", ms=3, color=colour, label=f"$b = {b}$")
 right.plot(intervals, [1 / N for N in intervals], "k--", lw=1, label="$1/N$")
@@ -460,6 +464,7 @@ class Arm(NamedTuple):
     call: Callable = deep_cache
     solver: Callable = ddim_scheduler
     captioned: bool = True
+    scale: float = 3.0  # of guidance
 
     @property
     def cost(self):
@@ -489,9 +494,12 @@ for b in (1, 4):
 for root in ("signed", "principal"):
     plan = power_centred_refreshes(T, ceil(T / 5), round(0.3 * T), 1.4, root=root)
     ARMS[f"uneven, {root}"] = Arm(T, plan)
+ARMS["uneven, N=10"] = Arm(T, power_centred_refreshes(T, ceil(T / 10), round(0.3 * T), 1.4, root="principal"))
 OPEN = Arm(T, uniform_refreshes(T, 2), 2, captioned=False)  # nobody says what to draw
 ARMS |= {"open, full": plain_arm(T)._replace(captioned=False), "open, b=2, N=2": OPEN}
 ARMS["open, fewer steps"] = plain_arm(equal_cost_steps(OPEN.cost, 1.0))._replace(captioned=False)
+for name in ("full", "b=2, N=2", "fewer steps"):  # with captions again, and without guidance
+    ARMS[f"unguided, {name}"] = ARMS[f"open, {name}"]._replace(captioned=True, scale=1.0)
 ARMS["never"] = Arm(T, (0,))
 ARMS["other way round"] = Arm(T, uniform_refreshes(T, 2), call=other_way_round)
 
@@ -515,7 +523,10 @@ def draw(arm, seed):
             kept = torch.stack(seen)[:, : s.watched]  # the half with the caption
             out[b] = cosine_between_steps(kept).cpu(), cosine_between_samples(kept).cpu()
     x = sample_final(
-        guided(model, tokens, arm.plan, arm.b, arm.call), arm.solver(), x, num_inference_steps=arm.steps
+        guided(model, tokens, arm.plan, arm.b, arm.call, arm.scale),
+        arm.solver(),
+        x,
+        num_inference_steps=arm.steps,
     )
     return out | {"x": x.clamp(-1, 1).cpu()}
 
@@ -610,11 +621,11 @@ picture = left.imshow(alike[1].mean(0), cmap="viridis", vmax=1, origin="lower")
 left.set(xlabel="step", ylabel="step")
 left.grid(False)
 fig.colorbar(picture, ax=left, label="cosine similarity", shrink=0.85)
-for i, b in enumerate((0, 2)):
+for i, (b, colour) in enumerate(((0, PALETTE[5]), (2, PALETTE[0]))):
     mean, low, high = mean_interval(1 - neighbours[i])
-    right.plot(range(1, T), mean, color=PALETTE[i], label=f"$F_{b}$, step before")
-    right.fill_between(range(1, T), low.clamp(min=1e-6), high, color=PALETTE[i], alpha=0.25, lw=0)
-    right.plot(range(T), (1 - floor[i]).mean(0), "--", color=PALETTE[i], label=f"$F_{b}$, other image")
+    right.plot(range(1, T), mean, color=colour, label=f"$F_{b}$, step before")
+    right.fill_between(range(1, T), low.clamp(min=1e-6), high, color=colour, alpha=0.25, lw=0)
+    right.plot(range(T), (1 - floor[i]).mean(0), "--", color=colour, label=f"$F_{b}$, other image")
 right.axhline(0.01, color="0.3", lw=1, ls=":")
 right.annotate("similarity 0.99", (0, 0.0115), fontsize=9, color="0.3")
 right.set(xlabel="step", ylabel="1 - similarity", yscale="log", ylim=(None, 12))
@@ -634,7 +645,7 @@ def near(name, reference):
     return torch.stack([psnr_to_reference(x, y).mean() for x, y in pairs])
 
 
-asking = [name for name, arm in ARMS.items() if arm.captioned]
+asking = [name for name, arm in ARMS.items() if arm.captioned and arm.scale == 3.0]
 psnr = {name: near(name, "full") for name in asking if name != "full"}
 to_exact = {name: near(name, "exact") for name in asking if name != "exact"}
 to_dpm = {name: near(name, "DPM") for name in ARMS if name.startswith("DPM") and name != "DPM"}
@@ -642,8 +653,12 @@ gain = {name: psnr[name] - psnr[RIVAL[name]] for name in RIVAL if "DPM" not in n
 for b, N in itertools.product((0, 2), (2, 3)):
     run.record(f"equal-cost-b{b}-n{N}", gain[f"b={b}, N={N}"])
 run.record("equal-cost-b2-n5", gain["b=2, N=5"])
-opened = [near(f"open, {arm}", "open, full") for arm in ("b=2, N=2", "fewer steps")]
-run.record("equal-cost-open", opened[0] - opened[1])
+for kind in ("open", "unguided"):
+    cached_db, plain_db = (near(f"{kind}, {arm}", f"{kind}, full") for arm in ("b=2, N=2", "fewer steps"))
+    run.record(f"equal-cost-{kind}", cached_db - plain_db)
+    print(
+        f"{kind}, to its own full sampler: cached {cached_db.mean():.1f} dB, fewer steps {plain_db.mean():.1f} dB"
+    )
 run.record("limit", gain["b=2, N=10"] - gain["b=2, N=3"])
 for N in (2, 3):
     run.record(f"solver-n{N}", to_dpm[f"DPM, N={N}"] - to_dpm[RIVAL[f"DPM, N={N}"]])
@@ -658,9 +673,6 @@ for name, value in gain.items():
         f"{rival:8s} {psnr[rival].mean():6.1f} dB {value.mean():+14.1f} "
         f"{(to_exact[name] - to_exact[rival]).mean():+17.1f}"
     )
-print(
-    f"without a caption: cached {opened[0].mean():.1f} dB, fewer steps {opened[1].mean():.1f} dB to the full sampler"
-)
 
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, PSNR against cost. Left, to the full DDIM sampler: three lines that rise with cost, one for DDIM with fewer steps, one each for DeepCache at branches 0 and 2; the line of DDIM lies above both everywhere, closest to branch 2 at short intervals. Right, to the near-exact solution: the same three lines rise towards a dotted line, the error of the full DDIM sampler, and branch 2 passes slightly above DDIM at short intervals; two more for DPM-Solver++, with fewer steps, which rises above all of these, and cached, below that."}, "figure": {"caption": "Nearness against cost. Left: to DDIM with all its steps, which is what DeepCache imitates. Right: to the near-exact solution; dotted: DDIM with all its steps. Points on one line differ in $N$, or in the number of steps; the labels $N$ belong to $b = 2$. The two vertical axes differ. Bars: 90 % intervals over seeds, each with its own captions.", "name": "fig-deepcache-pareto"}}
@@ -750,7 +762,17 @@ run.record("other-way-round", psnr["b=0, N=2"] - psnr["other way round"])
 deeper = torch.stack([psnr[f"b={b}, N=5"] for b in (0, 1, 2, 4)], dim=1)
 run.record("deeper", (deeper[:, 1:] - deeper[:, :-1]).amin(1))
 run.record("uneven", psnr["uneven, principal"] - psnr["b=0, N=5"])
-for name in ("b=0, N=5", "uneven, principal", "uneven, signed", "b=1, N=5", "b=2, N=5", "b=4, N=5"):
+run.record("uneven-n10", psnr["uneven, N=10"] - psnr["b=0, N=10"])
+for name in (
+    "b=0, N=5",
+    "uneven, principal",
+    "uneven, signed",
+    "b=0, N=10",
+    "uneven, N=10",
+    "b=1, N=5",
+    "b=2, N=5",
+    "b=4, N=5",
+):
     print(f"{name:20s} {ARMS[name].cost:5.1f} full calls   PSNR {psnr[name].mean():5.1f} dB")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Rows of eight small images of coloured shapes. The full sampler and b = 2, N = 3 look alike. With b = 0, N = 10 shapes stay in place, but shapes and background are grainy. The row below, DDIM with as many operations, is clean. Never refreshed: glaring colours and strong noise, the shapes can still be made out. Last row: the other way round, which looks like the full sampler."}, "figure": {"caption": "How it fails. Third and fourth row: equal operations, cached and with fewer steps. The first eight captions of the first seed, not chosen; at the left of each row its mean PSNR to the full sampler in dB, over all images of all seeds.", "name": "fig-deepcache-failure"}}

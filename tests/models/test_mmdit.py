@@ -213,6 +213,23 @@ class TestPositions:
         assert small(rope_theta=100.0).rotary.theta == 100.0
         assert small(rope_axes_dims=[2, 6]).rotary.axes_dims == (2, 6)
 
+    def test_interpolation_turns_a_larger_canvas_as_far_as_the_smaller_one(self):
+        x, t, context = batch(size=(16, 24))
+        plain, wide = small(), small(rope_interpolation=2.0)
+        ids = plain.position_ids(8, 12)
+        close(wide(x, t, context), plain(x, t, context, position_ids=ids / 2), atol=1e-6)
+        assert (wide(x, t, context) - plain(x, t, context)).abs().max() > 1e-3
+        again = MMDiT(**wide.config)
+        again.load_state_dict(wide.state_dict())
+        assert torch.equal(again(x, t, context), wide(x, t, context))
+        assert torch.equal(pickle.loads(pickle.dumps(wide))(x, t, context), wide(x, t, context))
+
+    def test_interpolation_is_for_rotary_positions(self):
+        with pytest.raises(ValueError, match="rope_interpolation is for positions='rope'"):
+            MMDiT(**SMALL, positions="sincos", rope_interpolation=2.0)
+        with pytest.raises(ValueError, match="positive factor, got 0"):
+            MMDiT(**SMALL, rope_interpolation=0.0)
+
 
 class TestParts:
     """The public parts of ``forward``: some tokens only, more tokens, several conditions, some blocks."""
