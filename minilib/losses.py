@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minilib.models.text import TextStates
 from minilib.schedulers.densities import TimestepDensity
 from minilib.training import Batch, LossFn, MakeBatch
 
 Times = Callable[[int, torch.Generator], Tensor]
-
-#: The condition of a batch that brings text states in place of ``y``: the fields of ``minilib.models.TextStates``.
-TEXT_STATES = ("context", "context_mask", "pooled")
 
 
 def uniform_timesteps(num_train_timesteps: int = 1000) -> Times:
@@ -74,11 +72,11 @@ def flow_matching_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Lipman et al., 2023, arXiv 2210.02747; Liu et al., 2023, arXiv 2209.03003; in the direction of Esser et al., 2024,
     arXiv 2403.03206 (s = 1 is noise). The condition is ``y`` (labels or token rows), or text states under the names that the
-    model gives its arguments (``TEXT_STATES``).
+    model gives its arguments (the fields of :class:`minilib.models.TextStates`).
     """
     s = (batch["t"] / 1000.0).reshape(-1, *[1] * (batch["x0"].ndim - 1))
     x_t = (1 - s) * batch["x0"] + s * batch["noise"]
-    states = {name: batch[name] for name in TEXT_STATES if name in batch}
+    states = {name: batch[name] for name in TextStates._fields if name in batch}
     prediction = model(x_t, batch["t"], **states) if states else model(x_t, batch["t"], batch["y"])
     return F.mse_loss(prediction.float(), batch["noise"] - batch["x0"])
 

@@ -25,9 +25,9 @@ class MemorisationReport:
 
 
 def nearest(
-    x: Float[Tensor, "n c h w"], pool: Float[Tensor, "m c h w"]
+    x: Float[Tensor, "n ..."], pool: Float[Tensor, "m ..."]
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
-    """Each image's Euclidean distance to its nearest neighbour in ``pool``, and that neighbour's index."""
+    """Each row's Euclidean distance to its nearest neighbour in ``pool``, and that neighbour's index; images or features."""
     if len(pool) == 0:
         raise ValueError("an empty pool has no nearest neighbour")
     distance, index = torch.cdist(x.flatten(1), pool.flatten(1)).min(1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from minilib import machine, zoo
 from minilib.data import ImageSet
-from minilib.training import FitConfig, FitResult
+from minilib.data.emoji import CaptionedImageSet
+from minilib.training import FitConfig, FitResult, LossFn, MakeBatch, fit
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,39 @@ def model_card(
     return "\n".join(lines)
 
 
-def image_set_line(data: ImageSet) -> str:
-    """The card's line about a labelled image set."""
+def image_set_line(data: ImageSet | CaptionedImageSet) -> str:
+    """The card's line about an image set."""
     return (
         f"{data.name}, training split only ({len(data)} images; sha256 `{data.checksum[:16]}`). "
         f"Source: {data.source}. Licence of the data: {data.licence}."
     )
+
+
+def training_run(
+    name: str,
+    build: Callable[[], nn.Module],
+    loss: Callable[[], LossFn],
+    batches: Callable[[], MakeBatch],
+) -> Callable[[FitConfig, Path], FitResult]:
+    """A ``Recipe.run``: seed, model, loss and batches put together, with a checkpoint and a line of progress every 250 steps.
+
+    The parts come as functions, so that a recipe can be listed without building them.
+    """
+
+    def run(config: FitConfig, checkpoint: Path) -> FitResult:
+        torch.manual_seed(config.seed)
+        return fit(
+            build(),
+            loss(),
+            batches(),
+            config,
+            checkpoint=checkpoint,
+            checkpoint_every=250,
+            callback=progress_log(name),
+            callback_every=250,
+        )
+
+    return run
 
 
 def progress_log(name: str) -> Callable[[int, nn.Module, float], None]:
@@ -122,8 +150,8 @@ def progress_log(name: str) -> Callable[[int, nn.Module, float], None]:
     return log
 
 
-def rows_png(x: Tensor, rows: list[str], columns: int = 8) -> bytes:
-    """Pictures in rows with labels, as a PNG."""
+def rows_png(x: Tensor, rows: list[str], columns: int = 8, column_labels: list[str] | None = None) -> bytes:
+    """Square pictures in rows with labels, as a PNG."""
     import io
 
     import matplotlib.pyplot as plt
@@ -131,8 +159,8 @@ def rows_png(x: Tensor, rows: list[str], columns: int = 8) -> bytes:
     from minilib.plotting import finish, show_images, style
 
     with style():
-        fig, ax = plt.subplots(figsize=(6.4, 0.8 * len(rows)))
-        show_images(x, columns, ax=ax, row_labels=rows)
+        fig, ax = plt.subplots(figsize=(6.4, 6.4 * len(rows) / columns))
+        show_images(x, columns, ax=ax, row_labels=rows, column_labels=column_labels)
         buffer = io.BytesIO()
         finish(fig).savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilib import zoo
 from minilib.data import ImageSet, load
-from minilib.recipes.base import Recipe, image_set_line
+from minilib.recipes.base import Recipe, image_set_line, rows_png
 from minilib.training import Batch, FitConfig, FitResult, fit
 
 
@@ -171,23 +171,12 @@ def _picture_dit(model: nn.Module) -> bytes:
     return class_grid(lambda y, scale: sample_digits(model, y, scale, seed=0))
 
 
-def class_grid(draw: Callable[[Tensor, float], Tensor]) -> bytes:
-    """Samples, not chosen: ten columns, one a class; three rows without guidance, three with guidance_scale 2."""
-    import io
-
-    import matplotlib.pyplot as plt
-
-    from minilib.plotting import finish, show_images, style
-
+def class_grid(draw: Callable[[Tensor, float], Tensor], guidance: tuple[float, float] = (1.0, 2.0)) -> bytes:
+    """Samples, not chosen: ten columns, one a class; three rows for each guidance scale."""
     y = torch.arange(10).repeat(3)
-    x = torch.cat([draw(y, scale) for scale in (1.0, 2.0)])
-    with style():
-        fig, ax = plt.subplots(figsize=(6, 3.7))
-        rows = ["guidance 1", "", "", "guidance 2", "", ""]
-        show_images(x, 10, ax=ax, row_labels=rows, column_labels=[str(i) for i in range(10)])
-        buffer = io.BytesIO()
-        finish(fig).savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    x = torch.cat([draw(y, scale) for scale in guidance])
+    rows = [label for scale in guidance for label in (f"guidance {scale:g}", "", "")]
+    return rows_png(x, rows, columns=10, column_labels=[str(i) for i in range(10)])
 
 
 RECIPES: dict[str, Recipe] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from minilib.data import load
 from minilib.data.emoji import STYLES, CaptionedImageSet
 from minilib.data.text_states import CaptionStates, caption_states
-from minilib.recipes.base import Recipe, progress_log, rows_png
-from minilib.training import Batch, FitConfig, FitResult, MakeBatch, fit
+from minilib.recipes.base import Recipe, image_set_line, rows_png, training_run
+from minilib.training import Batch, FitConfig, LossFn, MakeBatch
 
 ENCODER = "minilm"
 SIZE = 32
@@ -67,35 +66,33 @@ def emoji_batches(
     return make_batch
 
 
-def run_emoji(config: FitConfig, checkpoint: Path) -> FitResult:
-    """Train from random weights."""
-    from minilib.losses import density_timesteps, flow_matching_loss
+def _build() -> nn.Module:
     from minilib.models import MMDiT
-    from minilib.schedulers import timestep_density
 
-    data, states = load("emoji", "train", SIZE), caption_states(ENCODER, "train")
-    torch.manual_seed(config.seed)
-    model = MMDiT(
+    return MMDiT(
         sample_size=SIZE,
         patch_size=4,
         hidden_size=128,
         depth=6,
         num_heads=4,
-        context_dim=states.states.shape[2],
+        context_dim=caption_states(ENCODER, "train").states.shape[2],
         pooled_dim=len(STYLES),
         rope_theta=100.0,
     )
+
+
+def _flow() -> LossFn:
+    from minilib.losses import flow_matching_loss
+
+    return flow_matching_loss
+
+
+def _batches() -> MakeBatch:
+    from minilib.losses import density_timesteps
+    from minilib.schedulers import timestep_density
+
     times = density_timesteps(timestep_density("logit_normal"))
-    return fit(
-        model,
-        flow_matching_loss,
-        emoji_batches(data, states, times),
-        config,
-        checkpoint=checkpoint,
-        checkpoint_every=250,
-        callback=progress_log("mmdit_emoji"),
-        callback_every=250,
-    )
+    return emoji_batches(load("emoji", "train", SIZE), caption_states(ENCODER, "train"), times)
 
 
 @torch.no_grad()
@@ -147,7 +144,9 @@ def recognised(
 
 def nearest_real(drawn: Float[Tensor, "n d"], real: Float[Tensor, "m d"]) -> Int[Tensor, " n"]:
     """For each drawing the place of the real picture most like it: the largest cosine of their features."""
-    return (F.normalize(drawn, dim=1) @ F.normalize(real, dim=1).T).argmax(1)
+    from minilib.metrics import nearest
+
+    return nearest(F.normalize(drawn, dim=1), F.normalize(real, dim=1))[1]
 
 
 def picked(data: CaptionedImageSet, n: int, seed: int) -> Int[Tensor, " n"]:
@@ -213,11 +212,7 @@ def emoji_picture(model: nn.Module) -> bytes:
 
 
 def _data_line() -> str:
-    data = load("emoji", "train", SIZE)
-    return (
-        f"emoji, training concepts only ({len(data)} pictures; sha256 `{data.checksum[:16]}`), "
-        f"caption states of all-MiniLM-L6-v2. Source: {data.source}. Licence of the data: {data.licence}."
-    )
+    return image_set_line(load("emoji", "train", SIZE)) + " Captions as token states of all-MiniLM-L6-v2."
 
 
 RECIPES: dict[str, Recipe] = {
@@ -234,7 +229,7 @@ RECIPES: dict[str, Recipe] = {
             decay_fraction=0.5,
             mixed_precision="bf16",
         ),
-        run=run_emoji,
+        run=training_run("mmdit_emoji", _build, _flow, _batches),
         evaluate=evaluate_emoji,
         data=_data_line,
         picture=emoji_picture,

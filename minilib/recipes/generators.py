@@ -5,7 +5,6 @@ and the text encoder they start from.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from minilib import zoo
 from minilib.data import shapes
 from minilib.data.shapes import sample_scenes
-from minilib.recipes.base import Recipe, progress_log
+from minilib.recipes.base import Recipe, training_run
 from minilib.recipes.scenes import (
     ddim_scheduler,
     evaluate_scenes,
@@ -24,7 +23,7 @@ from minilib.recipes.scenes import (
     unet_scheduler,
 )
 from minilib.recipes.shapes import TEST_SEED, data_line
-from minilib.training import Batch, FitConfig, FitResult, LossFn, MakeBatch, fit
+from minilib.training import Batch, FitConfig, LossFn, MakeBatch
 
 #: The text encoder of every generator of scenes: three blocks, so that a word can learn which object it belongs to.
 TEXT = {
@@ -37,44 +36,26 @@ TEXT = {
 }
 
 
-def run_scenes(
-    name: str, build: Callable[[], nn.Module], loss: Callable[[], LossFn], batches: Callable[[], MakeBatch]
-) -> Callable[[FitConfig, Path], FitResult]:
-    """A training run: seed, model, loss and batches put together."""
+def _build_reader() -> nn.Module:
+    from minilib.models import SceneReader
 
-    def run(config: FitConfig, checkpoint: Path) -> FitResult:
-        torch.manual_seed(config.seed)
-        return fit(
-            build(),
-            loss(),
-            batches(),
-            config,
-            checkpoint=checkpoint,
-            checkpoint_every=250,
-            callback=progress_log(name),
-            callback_every=250,
-        )
-
-    return run
+    return SceneReader(text=TEXT)
 
 
-def _run_reader(config: FitConfig, checkpoint: Path) -> FitResult:
-    from minilib.models import SceneReader, scene_cross_entropy
+def _reading() -> LossFn:
+    from minilib.models import scene_cross_entropy
+
+    return lambda model, batch: scene_cross_entropy(model(batch["tokens"]), batch["grid"])
+
+
+def caption_batches() -> MakeBatch:
+    """Captions of fresh scenes of the training split, ``tokens``, and what they put into each cell, ``grid``."""
 
     def make_batch(generator: torch.Generator, n: int) -> Batch:
         scenes = sample_scenes(n, generator, objects=(1, 3), split="train")
         return {"tokens": shapes.tokens(scenes), "grid": scenes.grid()}
 
-    torch.manual_seed(config.seed)
-    return fit(
-        SceneReader(text=TEXT),
-        lambda model, batch: scene_cross_entropy(model(batch["tokens"]), batch["grid"]),
-        make_batch,
-        config,
-        checkpoint=checkpoint,
-        callback=progress_log("text_shapes"),
-        callback_every=250,
-    )
+    return make_batch
 
 
 def _evaluate_reader(model: nn.Module) -> dict[str, Any]:
@@ -179,7 +160,7 @@ def _unet(size: int, patch_size: int, steps: int) -> Recipe:
         config=FitConfig(
             steps=steps, batch_size=32, lr=1e-3, ema_decay=0.999, warmup=300, decay_fraction=0.4
         ),
-        run=run_scenes(name, _build_unet(patch_size), _denoising, _unet_batches(size)),
+        run=training_run(name, _build_unet(patch_size), _denoising, _unet_batches(size)),
         evaluate=evaluate_scenes(size, ddim_scheduler, "DDIM, 25 steps"),
         data=lambda: data_line(size, "one to three objects, new scenes at each step"),
         picture=scene_grid(size, ddim_scheduler),
@@ -193,7 +174,7 @@ RECIPES: dict[str, Recipe] = {
         summary="Reads captions of scenes: a text encoder of three blocks, trained to say what a caption puts into each of nine "
         "cells. Generators of scenes start from it.",
         config=FitConfig(steps=1000, batch_size=64, lr=1e-3, ema_decay=0.99),
-        run=_run_reader,
+        run=training_run("text_shapes", _build_reader, _reading, caption_batches),
         evaluate=_evaluate_reader,
         data=lambda: (
             "generated: captions of `minilib.data.shapes`, one to three objects, training split. Licence: Apache-2.0."
@@ -214,7 +195,7 @@ RECIPES: dict[str, Recipe] = {
             decay_fraction=0.4,
             mixed_precision="bf16",
         ),
-        run=run_scenes("mmdit_shapes", _build_mmdit, _flow, _mmdit_batches(16)),
+        run=training_run("mmdit_shapes", _build_mmdit, _flow, _mmdit_batches(16)),
         evaluate=evaluate_scenes(16, flow_scheduler, "Euler, 25 steps"),
         data=lambda: data_line(16, "one to three objects, new scenes at each step"),
         picture=scene_grid(16, flow_scheduler),
@@ -233,7 +214,7 @@ RECIPES: dict[str, Recipe] = {
             decay_fraction=0.6,
             mixed_precision="bf16",
         ),
-        run=run_scenes("mmdit_shapes32", _build_mmdit_on, _flow, _mmdit_batches(32)),
+        run=training_run("mmdit_shapes32", _build_mmdit_on, _flow, _mmdit_batches(32)),
         evaluate=evaluate_scenes(32, flow_scheduler, "Euler, 25 steps", n=100, guidance=(3.0,)),
         data=lambda: data_line(32, "one to three objects, new scenes at each step"),
         picture=scene_grid(32, flow_scheduler),

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from minilib import zoo
 from minilib.data import load
-from minilib.recipes.base import Recipe, image_set_line, progress_log
+from minilib.recipes.base import Recipe, image_set_line, training_run
 from minilib.recipes.digits import class_grid, judge_oracle, judge_samples, train_oracle
-from minilib.training import FitConfig, FitResult, fit
+from minilib.training import FitConfig, FitResult, LossFn, MakeBatch
 
 
 def _run_oracle(config: FitConfig, checkpoint: Path) -> FitResult:
@@ -23,29 +23,27 @@ def _evaluate_oracle(model: nn.Module) -> dict[str, Any]:
     return judge_oracle(model, load("mnist10k", "train"), load("mnist10k", "test"))
 
 
-def _run_dit(config: FitConfig, checkpoint: Path) -> FitResult:
-    from minilib.losses import class_batches, density_timesteps, flow_matching_loss
+def _build_dit() -> nn.Module:
     from minilib.models import DiT
+
+    return DiT(
+        input_size=28, patch_size=4, hidden_size=128, depth=6, num_heads=4, num_classes=10, learn_sigma=False
+    )
+
+
+def _flow() -> LossFn:
+    from minilib.losses import flow_matching_loss
+
+    return flow_matching_loss
+
+
+def _batches() -> MakeBatch:
+    from minilib.losses import class_batches, density_timesteps
     from minilib.schedulers import timestep_density
 
     data = load("mnist10k", "train")
-    torch.manual_seed(config.seed)
-    model = DiT(
-        input_size=28, patch_size=4, hidden_size=128, depth=6, num_heads=4, num_classes=10, learn_sigma=False
-    )
     times = density_timesteps(timestep_density("logit_normal"))
-    batches = class_batches(data.x, data.y, times, null_class=10)
-    return fit(
-        model,
-        flow_matching_loss,
-        batches,
-        config,
-        checkpoint=checkpoint,
-        checkpoint_every=250,
-        progress="dit_mnist",
-        callback=progress_log("dit_mnist"),
-        callback_every=250,
-    )
+    return class_batches(data.x, data.y, times, null_class=10)
 
 
 def sample_mnist(
@@ -95,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
             warmup=200,
             decay_fraction=0.5,
         ),
-        run=_run_dit,
+        run=training_run("dit_mnist", _build_dit, _flow, _batches),
         evaluate=_evaluate_dit,
         data=lambda: image_set_line(load("mnist10k", "train")),
         picture=_picture_dit,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from minilib.data import shapes
 from minilib.data.shapes import Scenes, sample_scenes
-from minilib.recipes.base import Recipe, progress_log
-from minilib.training import Batch, FitConfig, FitResult, fit
+from minilib.recipes.base import Recipe, training_run
+from minilib.training import Batch, FitConfig, LossFn, MakeBatch
 
 #: Scenes the published figures are measured on: held-out captions, this seed, used for nothing else.
 TEST_SEED, VALIDATION_SEED = 20_001, 20_002
@@ -31,7 +30,7 @@ def garble(scenes: Scenes, size: int, generator: torch.Generator) -> Tensor:
     return weight * shapes.render(scenes, size) + (1 - weight) * shapes.render(other, size)
 
 
-def oracle_batches(size: int) -> Callable[[torch.Generator, int], Batch]:
+def oracle_batches(size: int) -> MakeBatch:
     """Scenes with and without stripes, a tenth of them garbled, with noise of a random strength up to 0.15."""
 
     def make_batch(generator: torch.Generator, n: int) -> Batch:
@@ -52,23 +51,19 @@ def oracle_batches(size: int) -> Callable[[torch.Generator, int], Batch]:
     return make_batch
 
 
-def _run_oracle(name: str, size: int) -> Callable[[FitConfig, Path], FitResult]:
-    def run(config: FitConfig, checkpoint: Path) -> FitResult:
-        from minilib.models import SceneOracle, scene_cross_entropy
+def _build_oracle(size: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from minilib.models import SceneOracle
 
-        torch.manual_seed(config.seed)
-        return fit(
-            SceneOracle(size),
-            lambda model, batch: scene_cross_entropy(model(batch["x"]), batch["grid"], label_smoothing=0.02),
-            oracle_batches(size),
-            config,
-            checkpoint=checkpoint,
-            checkpoint_every=500,
-            callback=progress_log(name),
-            callback_every=250,
-        )
+        return SceneOracle(size)
 
-    return run
+    return build
+
+
+def _reading() -> LossFn:
+    from minilib.models import scene_cross_entropy
+
+    return lambda model, batch: scene_cross_entropy(model(batch["x"]), batch["grid"], label_smoothing=0.02)
 
 
 def _evaluate_oracle(size: int) -> Callable[[nn.Module], dict[str, Any]]:
@@ -111,7 +106,7 @@ def _oracle(size: int, steps: int) -> Recipe:
         summary=f"Reads scenes of {size} x {size} pixels back, cell by cell: shape, colour, size, stripes, and 'garbled'. "
         "The judge of generated scenes, and the feature net of their Fréchet distance.",
         config=FitConfig(steps=steps, batch_size=64, lr=2e-3, ema_decay=0.99),
-        run=_run_oracle(name, size),
+        run=training_run(name, _build_oracle(size), _reading, lambda: oracle_batches(size)),
         evaluate=_evaluate_oracle(size),
         data=lambda: data_line(size, "one to three objects, half of them striped, a tenth garbled"),
         half=True,

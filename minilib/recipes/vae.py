@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from minilib import zoo
 from minilib.data import shapes
 from minilib.data.shapes import Scenes, sample_scenes
-from minilib.recipes.base import Recipe, progress_log, rows_png
+from minilib.recipes.base import Recipe, rows_png, training_run
 from minilib.recipes.shapes import TEST_SEED, data_line
-from minilib.training import Batch, FitConfig, FitResult, MakeBatch, fit
+from minilib.training import Batch, FitConfig, FitResult, MakeBatch
 
 SIZE = 32
 ORACLE = "oracle_shapes32"
@@ -64,21 +64,14 @@ def vae_loss() -> Any:
 
 
 def _run(name: str, factor: int) -> Callable[[FitConfig, Path], FitResult]:
-    def run(config: FitConfig, checkpoint: Path) -> FitResult:
+    def build() -> nn.Module:
         from minilib.models import ConvVAE
         from minilib.vae_losses import WithLogVariance
 
-        torch.manual_seed(config.seed)
-        result = fit(
-            WithLogVariance(ConvVAE(**DESIGNS[factor])),
-            vae_loss(),
-            vae_batches(factor),
-            config,
-            checkpoint=checkpoint,
-            checkpoint_every=250,
-            callback=progress_log(name),
-            callback_every=100,
-        )
+        return WithLogVariance(ConvVAE(**DESIGNS[factor]))
+
+    def run(config: FitConfig, checkpoint: Path) -> FitResult:
+        result = training_run(name, build, vae_loss, lambda: vae_batches(factor))(config, checkpoint)
         for trained in (result.model.vae, result.ema.vae):
             trained.set_scaling(1.0 / latent_std(trained))
         return FitResult(result.model.vae, result.ema.vae, result.history)

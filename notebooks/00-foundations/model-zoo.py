@@ -326,6 +326,7 @@ plt.show()
 train, new = load("emoji", "train", 32, source="vendored"), load("emoji", "test", 32, source="vendored")
 words = {"train": caption_states("minilm", "train"), "test": caption_states("minilm", "test")}
 net = load_effnet_lite0()
+real = effnet_features(train.x, net=net)
 
 
 def sketch(split, seed):
@@ -342,7 +343,7 @@ def sketch(split, seed):
         steps=s.steps,
         seed=seed,
     )
-    near = nearest_real(x, train, lambda part: effnet_features(part, net=net))
+    near = nearest_real(effnet_features(x, net=net), real)
     return {"x": x, "places": places, "near": near}
 
 
