@@ -527,7 +527,7 @@ run.record("scene-count", [len(every) / (9 * 48 + 24 * 48**2), 20 * share[2].ite
 print(f"{len(every)} scenes, {len(set(sentences))} captions, {changed} changed by writing and parsing")
 
 # %% [markdown]
-# **Swap pairs** test what is called *binding*: who has which colour. Two scenes have the same objects in the same places, and only one attribute is exchanged between the two. A score that only counts words cannot tell them apart. Note what `split` means here: the *first* scene of each pair is from that split. The second goes where its own caption belongs, so the partner of a test scene is mostly a training caption.
+# **Swap pairs** test what is called *binding*: who has which colour. Two scenes have the same objects in the same places, and only one attribute is exchanged between the two. A score that only counts words cannot tell them apart. Both scenes of a pair are from the split that was asked for. For held-out pairs that costs some searching: nineteen in twenty partners of a test scene belong to another split.
 #
 # Two checks follow: of the pairs, then of masks, boxes and pictures against each other.
 

@@ -182,10 +182,14 @@ def test_twins_are_equal_and_far_apart():
     assert {tuple(sorted(c)) for c in scenes.cell[:, :2].tolist()} == {(0, 8), (2, 6)}
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 @pytest.mark.parametrize("attribute", ["colour", "shape", "size"])
-def test_swap_pairs_differ_in_one_exchange(attribute):
-    a, b = shapes.swap_pairs(60, generator(), attribute=attribute, split="train")
-    assert len(a) == 60 and set(shapes.split_of(a).tolist()) == {0}
+def test_swap_pairs_differ_in_one_exchange(attribute, split):
+    a, b = shapes.swap_pairs(60, generator(), attribute=attribute, split=split)
+    assert len(a) == len(b) == 60
+    assert {*shapes.split_of(a).tolist(), *shapes.split_of(b).tolist()} == {
+        ("train", "validation", "test").index(split)
+    }
     for name in ("shape", "colour", "size", "cell"):
         x, y = getattr(a, name), getattr(b, name)
         if name == attribute:
