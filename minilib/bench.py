@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minilib.resources import atomic_write, repo_root
 
@@ -33,6 +35,10 @@ class Case:
     goal: float
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
+
+
+#: A module and how it is called, a function of the inputs.
+Model = tuple[nn.Module, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,54 @@ def _sample(function: Callable[[], Any], calls: int) -> float:
 def _calls_for(function: Callable[[], Any], seconds: float) -> int:
     function()  # warm-up: allocations, lazy imports
     return max(1, int(seconds / max(_sample(function, 2), 1e-7)))
+
+
+def model_cases(
+    name: str,
+    ours: Model,
+    theirs: Model,
+    inputs: Callable[[int], tuple[Tensor, ...]],
+    *,
+    goals: tuple[float, float, float] = (0.75, 0.95, 1.0),
+) -> Iterator[Case]:
+    """Forward passes of 1 and of 64 images and a training step of 64, of two models that compute the same, beside diffusers.
+
+    Args:
+        ours: minilib's model and how it is called: ``call(*inputs(batch))``.
+        theirs: the same of diffusers' model.
+        inputs: the arguments of a call for a batch of so many images.
+        goals: aimed at by the three.
+    """
+    sides = [(model, call) for model, call in (ours, theirs)]
+    for size, goal in zip((1, 64), goals, strict=False):
+        batch = inputs(size)
+        mine, peer = (partial(_forward, *side, batch) for side in sides)
+        yield Case(f"{name}, forward, batch {size}", "diffusers", goal, mine, peer)
+    batch = inputs(64)
+    # Both sides get the fused optimiser: the models are compared, not the optimisers.
+    steps = [
+        partial(_step, *side, torch.optim.AdamW(side[0].parameters(), lr=1e-6, fused=True), batch)
+        for side in sides
+    ]
+    yield Case(f"{name}, training step, batch 64", "diffusers", goals[2], *steps)
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, call: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> None:
+    model.eval()
+    call(*batch)
+
+
+def _step(
+    model: nn.Module,
+    call: Callable[..., Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, ...],
+) -> None:
+    model.train()
+    call(*batch).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def run_cases(cases: Iterator[Case], only: Sequence[str] = ()) -> list[dict[str, Any]]:

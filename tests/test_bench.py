@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minilib import bench
 
@@ -51,3 +52,14 @@ def test_the_record_has_every_case_and_names_its_machine():
     for row in rows:
         assert row["ratio"] == pytest.approx(row["ours_ms"] / row["peer_ms"], abs=2e-3)
         assert row["machine"] and row["threads"] == 1 and row["date"] and row["torch"] and row["diffusers"]
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("bench_*.py")), ids=lambda p: p.stem)
+def test_models_that_are_compared_compute_the_same(path):
+    cases = [case for case in bench._load(path).cases() if case.name.endswith("forward, batch 1")]
+    for case in cases:
+        (mine, call, batch), (theirs, peer_call, peer_batch) = case.ours.args, case.theirs.args
+        with torch.no_grad():
+            mine.eval(), theirs.eval()
+            a, b = call(*batch), peer_call(*peer_batch)
+        assert a.abs().max() > 0.01 and torch.allclose(a, b, atol=1e-5)
