@@ -1,19 +1,15 @@
-"""Learning features without labels: a student learns to predict, from a masked view, what its own average sees in another view.
+"""Learning features without labels by masked prediction: hide patches, and say what is there.
 
-Self-distillation of the whole image is DINO (Caron et al. 2021, arXiv 2104.14294; read in ``facebookresearch/dino:
-main_dino.py``), of masked patches iBOT (Zhou et al. 2022, arXiv 2111.07832; read in ``bytedance/ibot: main_ibot.py``), the
-reconstruction of masked pixels by a linear layer SimMIM (Xie et al. 2022, arXiv 2111.09886).
-
-Two things differ from the papers, since our pictures are mostly background. The centre of the patches' logits is kept *for each
-place*: with one centre for all, the cheapest code says where a patch is and nothing of what is in it. And views differ in light
-and noise only, not in their crop, so that patches correspond; hiding patches takes the place of small crops.
+What is predicted decides what the features know. Pixels (SimMIM, Xie et al. 2022, arXiv 2111.09886) ask for colour and place;
+histograms of oriented gradients (MaskFeat, Wei et al. 2022, arXiv 2112.09133; read in ``facebookresearch/SlowFast:
+slowfast/models/masked.py, operators.py``) ask for form. Here both are asked for. They are taken from the clean picture, while
+the network sees it in other light and with noise; and they are asked for at visible patches, too, since in pictures of 16
+patches little can be hidden.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,65 +21,8 @@ from minilib.models.vit import ViT
 from minilib.training import Batch, LossFn
 
 
-def distillation_targets(
-    logits: Float[Tensor, "*s k"], centre: Float[Tensor, "*c k"], temperature: float
-) -> Float[Tensor, "*s k"]:
-    """``softmax((logits - centre) / temperature)`` of the teacher, without gradient.
-
-    Centring works against one answer for everything, the low temperature against all answers for everything (DINO, section 3.1).
-
-    >>> distillation_targets(torch.tensor([[2.0, 5.0]]), torch.tensor([2.0, 5.0]), 0.04)
-    tensor([[0.5000, 0.5000]])
-    """
-    return F.softmax((logits - centre) / temperature, dim=-1).detach()
-
-
-def distillation_loss(
-    student: Float[Tensor, "*s k"],
-    targets: Float[Tensor, "*s k"],
-    temperature: float = 0.1,
-    mask: Bool[Tensor, "*s"] | None = None,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the teacher's answers and the student's, in nats.
-
-    With a mask the mean is over its True places of a sample first, then over the samples that have any (iBOT, eq. 2).
-
-    Raises:
-        ValueError: the mask is empty.
-    """
-    loss = -(targets * F.log_softmax(student / temperature, dim=-1)).sum(-1)
-    if mask is None:
-        return loss.mean()
-    counts = mask.sum(-1)
-    if not bool(counts.any()):
-        raise ValueError("the mask hides no patch: there is nothing to predict")
-    per_sample = (loss * mask).sum(-1) / counts.clamp(min=1)
-    return per_sample.sum() / (counts > 0).sum()
-
-
-@torch.no_grad()
-def updated_centre(
-    centre: Float[Tensor, "*c k"], logits: Float[Tensor, "b *c k"], momentum: float = 0.9
-) -> Float[Tensor, "*c k"]:
-    """``momentum * centre + (1 - momentum) * mean of the batch`` (DINO, eq. 4), over all processes."""
-    mean = logits.mean(0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
-    return torch.lerp(mean, centre, momentum)
-
-
-def teacher_momentum(step: int, steps: int, base: float) -> float:
-    """From ``base`` at step 0 to 1 at the end, along half a cosine: the teacher comes to rest.
-
-    >>> [teacher_momentum(step, 100, 0.99) for step in (0, 50, 100)]
-    [0.99, 0.995, 1.0]
-    """
-    return 1.0 - (1.0 - base) * (math.cos(math.pi * min(step / steps, 1.0)) + 1.0) / 2.0
-
-
 def random_masks(
-    n: int, patches: int, generator: torch.Generator, ratio: tuple[float, float] = (0.3, 0.6)
+    n: int, patches: int, generator: torch.Generator, ratio: tuple[float, float] = (0.2, 0.5)
 ) -> Bool[Tensor, "{n} {patches}"]:
     """Masks that hide a random share of the patches, uniform in ``ratio``, at random places; at least one and never all.
 
@@ -118,6 +57,50 @@ def random_light(x: Float[Tensor, "b 3 h w"], generator: torch.Generator) -> Flo
     return 2 * y - 1 + strength * torch.randn(x.shape, generator=generator)
 
 
+def oriented_gradients(
+    x: Float[Tensor, "b c h w"], bins: int = 12, cell: int = 2, eps: float = 0.1
+) -> Float[Tensor, "b ck h2 w2"]:
+    """Histograms of oriented gradients (Dalal and Triggs 2005): how steep the picture is in which direction, cell by cell.
+
+    A gradient is the difference of the two neighbours; beyond the edge the last pixel goes on. It counts in the two bins nearest
+    to its direction, in proportion. Directions go all the way round: from dark to bright is not from bright to dark. A cell's
+    histogram, the mean over its pixels, has about unit length over all channels. MaskFeat's released code has nine bins for half
+    the way round, Sobel filters, one bin a gradient and unit length in each channel.
+
+    Args:
+        x: images.
+        bins: directions.
+        cell: side of a cell in pixels.
+        eps: added to a cell's length before it is divided by it, so that noise is not blown up where nothing is.
+
+    Returns:
+        ``c * bins`` numbers a cell, channel by channel, in [0, 1].
+
+    Raises:
+        ValueError: sides that cells do not tile, or no bin.
+
+    >>> right = torch.arange(4.0).expand(1, 1, 4, 4)  # brighter to the right: direction 0
+    >>> oriented_gradients(right, bins=4, cell=4).flatten()
+    tensor([0.9375, 0.0000, 0.0000, 0.0000])
+    """
+    height, width = x.shape[2:]
+    if bins < 1 or cell < 1 or height % cell or width % cell:
+        raise ValueError(
+            f"need a bin, and cells of {cell} that tile {height} x {width} pixels; got {bins} bins"
+        )
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+    dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    place = torch.atan2(dy, dx) / (2 * math.pi) % 1.0 * bins
+    lower = place.floor()
+    share, strength = place - lower, torch.hypot(dx, dy)
+    histogram = x.new_zeros(*x.shape[:2], bins, height, width)
+    for index, weight in ((lower, 1 - share), (lower + 1, share)):
+        histogram.scatter_add_(2, (index.long() % bins)[:, :, None], (weight * strength)[:, :, None])
+    cells = F.avg_pool2d(histogram.flatten(1, 2), cell)
+    return cells / (cells.norm(dim=1, keepdim=True) + eps)
+
+
 def feature_spread(features: Float[Tensor, "n d"]) -> float:
     """How far features are from collapse: ``sqrt(d)`` times the mean standard deviation of their unit vectors.
 
@@ -126,124 +109,54 @@ def feature_spread(features: Float[Tensor, "n d"]) -> float:
     return float(F.normalize(features, dim=-1).std(0).mean() * features.shape[-1] ** 0.5)
 
 
-class PrototypeHead(nn.Module):
-    """Tokens to logits: a two-layer network to a narrow unit vector, then cosines with unit prototypes (DINO, appendix C)."""
+class MaskedPrediction(nn.Module):
+    """A vision transformer with two linear layers on its patch tokens, which predict pixels and oriented gradients.
 
-    def __init__(self, dim: int, hidden_dim: int, bottleneck: int, prototypes: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, bottleneck)
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
-
-    def forward(self, x: Float[Tensor, "*s d"]) -> Float[Tensor, "*s k"]:
-        """Logits in [-1, 1]."""
-        z = self.fc2(F.gelu(self.fc1(x)))
-        return F.linear(F.normalize(z, dim=-1), F.normalize(self.prototypes, dim=-1))
-
-
-class SelfDistillation(nn.Module):
-    """A student, its moving average (the teacher), and the centres: everything that training changes, so that it resumes exactly.
-
-    In training mode each call first moves the teacher towards the student as the last step left it, and then, after the
-    losses, the centres. The teacher's ``vit`` is what is kept in the end.
+    Only ``vit`` is kept after training.
 
     Args:
-        vit: the student's network; the teacher starts as a copy.
-        patches: patches of an image: there is a centre for each.
-        steps: length of the training, for the momentum's schedule.
-        prototypes: answers that student and teacher can give.
-        momentum: of the teacher at the start, see ``teacher_momentum``.
-        teacher_temperature: below the student's.
-        student_temperature: 0.1 in DINO and iBOT.
-        centre_momentum: see ``updated_centre``.
+        vit: the network that learns.
+        bins: directions of the gradients.
+        cell: side of their cells in pixels; must divide the patch.
     """
 
-    def __init__(
-        self,
-        vit: ViT,
-        *,
-        patches: int,
-        steps: int,
-        prototypes: int = 256,
-        momentum: float = 0.99,
-        teacher_temperature: float = 0.04,
-        student_temperature: float = 0.1,
-        centre_momentum: float = 0.9,
-    ) -> None:
+    def __init__(self, vit: ViT, *, bins: int = 12, cell: int = 2) -> None:
         super().__init__()
-        dim = vit.config["hidden_size"]
-        head = PrototypeHead(dim, 2 * dim, max(dim // 2, 8), prototypes)
-        self.student = nn.ModuleDict({"vit": vit, "head": head})
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        if vit.patch_size % cell:
+            raise ValueError(f"cells of {cell} pixels do not tile patches of {vit.patch_size}")
+        self.vit, self.bins, self.cell = vit, bins, cell
+        dim, cells = vit.config["hidden_size"], (vit.patch_size // cell) ** 2
         self.to_pixels = nn.Linear(dim, vit.in_channels * vit.patch_size**2)
-        self.register_buffer("pooled_centre", torch.zeros(prototypes))
-        self.register_buffer("patch_centre", torch.zeros(patches, prototypes))
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.steps, self.momentum, self.centre_momentum = steps, momentum, centre_momentum
-        self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
+        self.to_gradients = nn.Linear(dim, vit.in_channels * bins * cells)
 
     def forward(
-        self,
-        a: Float[Tensor, "b c h w"],
-        b: Float[Tensor, "b c h w"],
-        mask_a: Bool[Tensor, "b n"],
-        mask_b: Bool[Tensor, "b n"],
+        self, view: Float[Tensor, "b c h w"], clean: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """The losses of two views of the same pictures and the patches that are hidden from the student in each.
+        """The losses of a view with hidden patches against the clean picture, over all patches.
 
         Returns:
-            ``pooled``: the whole view against the other, ``patch``: hidden patches of a view against the other view's,
-            both in nats; ``pixel``: mean absolute error at hidden patches.
+            ``pixel``: mean squared error; ``gradient``: squared distance of a cell's histograms, mean over cells.
         """
-        if self.training:
-            self.move_teacher()
-        views, masks = torch.cat([a, b]), torch.cat([mask_a, mask_b])
-        seen = self.student["vit"](views, masks)
-        patches = seen[:, self.student["vit"].num_prefix :]
-        pooled_logits, patch_logits = self._logits(self.teacher, views)
-        pooled_targets = distillation_targets(pooled_logits, self.pooled_centre, self.teacher_temperature)
-        patch_targets = distillation_targets(patch_logits, self.patch_centre, self.teacher_temperature)
-        head, temperature = self.student["head"], self.student_temperature
-        pooled = head(self.student["vit"].pool(seen))
-        pixels = (self.to_pixels(patches) - self._patch_pixels(views)).abs().mean(-1)
-        losses = {
-            "pooled": distillation_loss(pooled, _swap(pooled_targets), temperature),
-            "patch": distillation_loss(head(patches), _swap(patch_targets), temperature, masks),
-            "pixel": (pixels * masks).sum() / masks.sum(),
+        tokens = self.vit(view, mask)[:, self.vit.num_prefix :]
+        pixels = _patches(clean, self.vit.patch_size)
+        gradients = oriented_gradients(clean, self.bins, self.cell)
+        per_patch = self.vit.patch_size // self.cell
+        error = (self.to_gradients(tokens) - _patches(gradients, per_patch)).square().sum(-1)
+        return {
+            "pixel": F.mse_loss(self.to_pixels(tokens), pixels),
+            "gradient": error.mean() / per_patch**2,
         }
-        if self.training:
-            self.pooled_centre = updated_centre(self.pooled_centre, pooled_logits, self.centre_momentum)
-            self.patch_centre = updated_centre(self.patch_centre, patch_logits, self.centre_momentum)
-        return losses
-
-    @torch.no_grad()
-    def move_teacher(self) -> None:
-        """One step of the teacher towards the student, and one of the clock."""
-        momentum = teacher_momentum(int(self.step), self.steps, self.momentum)
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
-        self.step += 1
-
-    @torch.no_grad()
-    def _logits(self, network: nn.ModuleDict, views: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = network["vit"](views)
-        patches = tokens[:, network["vit"].num_prefix :]
-        return network["head"](network["vit"].pool(tokens)), network["head"](patches)
-
-    def _patch_pixels(self, views: Tensor) -> Tensor:
-        p = self.student["vit"].patch_size
-        return rearrange(views, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
 
-def self_distillation_loss(weights: dict[str, float]) -> LossFn:
-    """A ``loss_fn`` for ``fit``: the weighted sum of the losses of ``SelfDistillation`` on ``a``, ``b`` and their masks."""
+def masked_prediction_loss(weights: dict[str, float]) -> LossFn:
+    """A ``loss_fn`` for ``fit``: the weighted sum of the losses of ``MaskedPrediction`` on ``view``, ``clean`` and ``mask``."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        terms: dict[str, Any] = model(batch["a"], batch["b"], batch["mask_a"], batch["mask_b"])
+        terms: dict[str, Tensor] = model(batch["view"], batch["clean"], batch["mask"])
         return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
 
     return loss
 
 
-def _swap(x: Tensor) -> Tensor:
-    """The answers for the other view: the two halves of the batch change places."""
-    return torch.cat(list(reversed(x.chunk(2))))
+def _patches(x: Tensor, side: int) -> Tensor:
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)

@@ -7,98 +7,26 @@ from minilib.metrics import linear_probe, psnr
 from minilib.models import ViT
 from minilib.recipes.vit import cell_windows, principal_colours, probe_cells, view_batches
 from minilib.self_supervision import (
-    PrototypeHead,
-    SelfDistillation,
-    distillation_loss,
-    distillation_targets,
+    MaskedPrediction,
     feature_spread,
+    masked_prediction_loss,
+    oriented_gradients,
     random_light,
     random_masks,
-    self_distillation_loss,
-    teacher_momentum,
-    updated_centre,
 )
-from minilib.training import FitConfig, fit, step_generator
+from minilib.training import FitConfig, fit
 
-TINY = {"image_size": 8, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2}
+TINY = {"image_size": 8, "patch_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2}
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def distiller(**options):
-    torch.manual_seed(0)
-    return SelfDistillation(ViT(**TINY), patches=16, steps=20, prototypes=12, **options)
-
-
-def batches(generator, n):
-    x = torch.randn(n, 3, 2, 2, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    masks = [random_masks(n, 16, generator) for _ in range(2)]
-    views = [x + 0.1 * torch.randn(x.shape, generator=generator) for _ in range(2)]
-    return {"a": views[0], "b": views[1], "mask_a": masks[0], "mask_b": masks[1]}
-
-
-class TestTargets:
-    def test_closed_form(self):
-        targets = distillation_targets(torch.tensor([[1.0, 2.0]]), torch.tensor([0.5, 1.0]), 0.5)
-        p = 1 / (1 + math.exp((1.0 - 0.5) / 0.5))
-        torch.testing.assert_close(targets, torch.tensor([[p, 1 - p]]))
-
-    def test_no_gradient_comes_back(self):
-        logits = randn(2, 3).requires_grad_()
-        assert not distillation_targets(logits, torch.zeros(3), 0.1).requires_grad
-
-    def test_a_centre_for_each_place(self):
-        logits = randn(1, 4, 3).expand(5, -1, -1)  # an answer that depends on the place alone
-        everywhere = distillation_targets(logits, logits.mean((0, 1)), 0.04)
-        by_place = distillation_targets(logits, logits.mean(0), 0.04)
-        torch.testing.assert_close(by_place, torch.full_like(by_place, 1 / 3))
-        assert everywhere.max() > 0.9
-
-
-class TestLoss:
-    def test_closed_form(self):
-        student, targets = torch.tensor([[0.0, 0.1 * math.log(3.0)]]), torch.tensor([[0.5, 0.5]])
-        wanted = -0.5 * (math.log(0.25) + math.log(0.75))
-        assert distillation_loss(student, targets).item() == pytest.approx(wanted, rel=1e-6)
-        assert distillation_loss(student, targets, 0.2).item() != pytest.approx(wanted, rel=1e-2)
-
-    def test_it_is_least_where_the_student_agrees(self):
-        targets = torch.softmax(randn(4, 6), -1)
-        student = (0.1 * targets.log()).requires_grad_()
-        loss = distillation_loss(student, targets)
-        loss.backward()
-        assert student.grad.abs().max() < 1e-6
-        assert loss.item() == pytest.approx(-(targets * targets.log()).sum(-1).mean().item(), rel=1e-5)
-
-    def test_masked_mean_is_by_sample_first(self):
-        student, targets = randn(3, 4, 5), torch.softmax(randn(3, 4, 5, seed=1), -1)
-        each = -(targets * torch.log_softmax(student / 0.1, -1)).sum(-1)
-        mask = torch.tensor([[True, False, False, False], [True, True, True, False], [False] * 4])
-        wanted = (each[0, 0] + each[1, :3].mean()) / 2  # a sample without a hidden patch does not count
-        torch.testing.assert_close(distillation_loss(student, targets, 0.1, mask), wanted)
-        full = torch.ones(3, 4, dtype=torch.bool)
-        torch.testing.assert_close(
-            distillation_loss(student, targets, 0.1, full), distillation_loss(student, targets)
-        )
-        with pytest.raises(ValueError, match="hides no patch"):
-            distillation_loss(student, targets, 0.1, ~full)
-
-
-class TestSchedules:
-    def test_the_centre_moves_by_a_tenth_of_the_way(self):
-        centre, logits = torch.ones(2, 3), torch.full((4, 2, 3), 2.0)
-        torch.testing.assert_close(updated_centre(centre, logits), torch.full((2, 3), 1.1))
-        torch.testing.assert_close(updated_centre(centre, logits, 0.0), torch.full((2, 3), 2.0))
-        for _ in range(200):
-            centre = updated_centre(centre, logits)
-        torch.testing.assert_close(centre, torch.full((2, 3), 2.0))
-
-    def test_momentum_rises_to_one_and_stays(self):
-        values = [teacher_momentum(step, 10, 0.9) for step in range(12)]
-        assert values[0] == pytest.approx(0.9) and values[10] == values[11] == 1.0
-        assert values == sorted(values)
+def ramp(angle, size=8):
+    """A picture that grows brighter in one direction, by 1 a pixel; rows run downwards."""
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return (math.cos(angle) * column + math.sin(angle) * row)[None, None]
 
 
 class TestViews:
@@ -131,129 +59,133 @@ class TestViews:
     def test_the_recipe_s_batches_are_reproducible(self):
         a, b = (view_batches(torch.Generator().manual_seed(3), 4) for _ in "ab")
         assert {k: tuple(v.shape) for k, v in a.items()} == {
-            "a": (4, 3, 16, 16), "b": (4, 3, 16, 16), "mask_a": (4, 16), "mask_b": (4, 16),
+            "clean": (4, 3, 16, 16), "view": (4, 3, 16, 16), "mask": (4, 16),
         }  # fmt: skip
-        assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["a"], a["b"])
+        assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["clean"], a["view"])
 
 
-class TestSelfDistillation:
-    def test_losses_against_the_pieces(self):
-        model = distiller().eval()
-        batch = batches(torch.Generator().manual_seed(0), 3)
-        model.patch_centre += 0.1 * randn(16, 12)
-        with torch.no_grad():
-            losses = model(*(batch[k] for k in ("a", "b", "mask_a", "mask_b")))
-            vit, head = model.student["vit"], model.student["head"]
-            pooled, patch, pixel, hidden = [], [], 0.0, 0
-            for mine, other in (("a", "b"), ("b", "a")):
-                mask = batch[f"mask_{mine}"]
-                seen, whole = vit(batch[mine], mask), vit(batch[other])  # the teacher is still a copy
-                targets = distillation_targets(head(whole.mean(1)), torch.zeros(12), 0.04)
-                pooled.append(distillation_loss(head(seen.mean(1)), targets))
-                targets = distillation_targets(head(whole), model.patch_centre, 0.04)
-                patch.append(distillation_loss(head(seen), targets, 0.1, mask))
-                flat = (
-                    batch[mine].unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(3, 16, 12)
-                )
-                pixel += ((model.to_pixels(seen) - flat).abs().mean(-1) * mask).sum()
-                hidden += mask.sum()
-        torch.testing.assert_close(losses["pooled"], sum(pooled) / 2)
-        torch.testing.assert_close(losses["patch"], sum(patch) / 2)
-        torch.testing.assert_close(losses["pixel"], pixel / hidden)
+class TestOrientedGradients:
+    @pytest.mark.parametrize(("quarter", "expected"), [(0, 0), (1, 2), (2, 4), (3, 6)])
+    def test_a_ramp_falls_into_the_bin_of_its_direction(self, quarter, expected):
+        cells = oriented_gradients(ramp(quarter * math.pi / 2), bins=8, cell=2)[0, :, 1:-1, 1:-1]
+        assert cells.argmax(0).unique().tolist() == [expected]
+        torch.testing.assert_close(cells[expected], torch.full((2, 2), 2.0 / 2.1))  # 2 is the length, eps 0.1
 
-    def test_only_the_student_gets_gradients(self):
-        model = distiller()
-        batch = batches(torch.Generator().manual_seed(0), 4)
-        loss = self_distillation_loss({"pooled": 1.0, "patch": 1.0, "pixel": 1.0})(model, batch)
-        loss.backward()
-        assert all(p.grad is None for p in model.teacher.parameters())
-        trained = [*model.student.named_parameters(), *model.to_pixels.named_parameters()]
-        # Without a class token or registers the prefix is empty.
-        assert all(p.grad.abs().max() > 0 for name, p in trained if not name.endswith("prefix"))
+    def test_a_direction_between_two_bins_is_shared(self):
+        cells = oriented_gradients(ramp(math.pi / 8), bins=8, cell=2, eps=0.0)[0, :, 1, 1]
+        torch.testing.assert_close(cells[:2], torch.full((2,), 0.5**0.5), atol=1e-4, rtol=0)
+        assert cells[2:].abs().max() < 1e-4
 
-    @pytest.mark.parametrize("name", ["pooled", "patch", "pixel"])
-    def test_weights_choose(self, name):
-        batch = batches(torch.Generator().manual_seed(0), 4)
-        weights = {"pooled": 0.0, "patch": 0.0, "pixel": 0.0, name: 2.0}
-        terms = distiller().eval()(*(batch[k] for k in ("a", "b", "mask_a", "mask_b")))
+    def test_the_last_bin_goes_over_into_the_first(self):
+        cells = oriented_gradients(ramp(-math.pi / 8), bins=8, cell=2, eps=0.0)[0, :, 1, 1]
+        torch.testing.assert_close(cells[[0, 7]], torch.full((2,), 0.5**0.5), atol=1e-4, rtol=0)
+
+    def test_dark_to_bright_is_not_bright_to_dark(self):
+        x = randn(2, 3, 8, 8)
+        a, b = oriented_gradients(x, bins=6), oriented_gradients(-x, bins=6)
+        turned = b.unflatten(1, (3, 6)).roll(3, 2).flatten(1, 2)
+        torch.testing.assert_close(a, turned, atol=1e-5, rtol=0)
+        assert (a - b).abs().max() > 0.1
+
+    def test_brightness_does_not_matter_and_contrast_little(self):
+        x = randn(1, 3, 8, 8)
+        torch.testing.assert_close(oriented_gradients(x + 3.0), oriented_gradients(x), atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            self_distillation_loss(weights)(distiller().eval(), batch), 2 * terms[name]
+            oriented_gradients(5 * x, eps=0.0), oriented_gradients(x, eps=0.0), atol=1e-4, rtol=0
         )
+        assert oriented_gradients(torch.full((1, 3, 8, 8), 0.7)).abs().max() == 0.0
 
-    def test_centres_and_teacher_move_in_training_only(self):
-        model, batch = distiller(), batches(torch.Generator().manual_seed(0), 4)
-        args = [batch[k] for k in ("a", "b", "mask_a", "mask_b")]
-        with torch.no_grad():
-            logits = model.teacher["head"](model.teacher["vit"](torch.cat(args[:2])))
-        model.eval()(*args)
-        assert not model.patch_centre.any() and not model.pooled_centre.any() and model.step == 0
-        with torch.no_grad():
-            model.student["head"].fc1.weight += 1.0
-        old = model.teacher["head"].fc1.weight.clone()
-        model.train()(*args)
-        torch.testing.assert_close(model.teacher["head"].fc1.weight, old + 0.01)
-        assert model.step == 1
-        assert (model.patch_centre - 0.1 * logits.mean(0)).abs().max() < 0.02 and model.pooled_centre.any()
+    def test_against_a_loop_over_pixels(self):
+        x, bins, cell, eps = randn(2, 3, 6, 8).double(), 5, 2, 0.1
+        wanted = torch.zeros(2, 3 * bins, 3, 4, dtype=torch.float64)
+        for n in range(2):
+            for c in range(3):
+                for i in range(6):
+                    for j in range(8):
+                        dx = x[n, c, i, min(j + 1, 7)] - x[n, c, i, max(j - 1, 0)]
+                        dy = x[n, c, min(i + 1, 5), j] - x[n, c, max(i - 1, 0), j]
+                        at = math.degrees(math.atan2(dy, dx)) % 360 / (360 / bins)
+                        for k in (int(at), int(at) + 1):
+                            weight = (1 - abs(at - k)) * math.hypot(dx, dy) / cell**2
+                            wanted[n, c * bins + k % bins, i // cell, j // cell] += weight
+        wanted = wanted / (wanted.square().sum(1, keepdim=True).sqrt() + eps)
+        torch.testing.assert_close(oriented_gradients(x, bins, cell, eps), wanted)
 
-    def test_the_teacher_follows_its_schedule(self):
-        model = distiller(momentum=0.5)
-        model.step += 20
-        with torch.no_grad():
-            model.student["head"].fc1.weight += 1.0
-        old = model.teacher["head"].fc1.weight.clone()
-        model.move_teacher()
-        assert torch.equal(model.teacher["head"].fc1.weight, old), "at rest at the end"
-
-    def test_an_interrupted_run_ends_with_the_same_teacher(self, tmp_path):
-        loss = self_distillation_loss({"pooled": 1.0, "patch": 1.0, "pixel": 1.0})
-        config = FitConfig(steps=6, batch_size=4, warmup=0)
-        whole = fit(distiller(), loss, batches, config, device="cpu").model
-
-        class Interrupted(Exception):
-            pass
-
-        def stop(step, ema, value):
-            raise Interrupted
-
-        path = tmp_path / "run.safetensors"
-        with pytest.raises(Interrupted):
-            fit(
-                distiller(),
-                loss,
-                batches,
-                config,
-                checkpoint=path,
-                checkpoint_every=3,
-                callback=stop,
-                callback_every=3,
-                device="cpu",
-            )
-        resumed = fit(distiller(), loss, batches, config, checkpoint=path, device="cpu").model
-        for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-            assert torch.equal(a, b), name
-
-    def test_it_learns_without_collapse(self):
-        loss = self_distillation_loss({"pooled": 1.0, "patch": 1.0, "pixel": 1.0})
-        model, held_out = distiller(), batches(step_generator(7, 0), 64)
-        args = [held_out[k] for k in ("a", "b", "mask_a", "mask_b")]
-        before = model.eval()(*args)["pixel"].item()
-        config = FitConfig(steps=60, batch_size=16, lr=3e-3, warmup=5)
-        model = fit(model, loss, batches, config, device="cpu").model
-        assert model(*args)["pixel"].item() < 0.9 * before
-        with torch.no_grad():
-            features = model.teacher["vit"].features(held_out["a"])
-            answers = (model.teacher["head"](features) - model.patch_centre).argmax(-1)
-        assert feature_spread(features[:, 5]) > 0.2
-        assert len(answers[:, 5].unique()) >= 4, "the teacher gives the same answer to everything"
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="cells of 3 that tile 8 x 8"):
+            oriented_gradients(randn(1, 3, 8, 8), cell=3)
+        with pytest.raises(ValueError, match="got 0 bins"):
+            oriented_gradients(randn(1, 3, 8, 8), bins=0)
 
 
-def test_the_head_s_logits_are_cosines():
-    torch.manual_seed(0)
-    head = PrototypeHead(4, 8, 3, 5)
-    x = randn(6, 4)
-    z = head.fc2(torch.nn.functional.gelu(head.fc1(x)))
-    wanted = torch.nn.functional.cosine_similarity(z[:, None], head.prototypes[None], dim=-1)
-    torch.testing.assert_close(head(x), wanted)
+class TestMaskedPrediction:
+    def model(self, **options):
+        torch.manual_seed(0)
+        return MaskedPrediction(ViT(**TINY), **options)
+
+    def test_losses_against_the_pieces(self):
+        model = self.model(bins=4, cell=2)
+        view, clean = randn(3, 3, 8, 8), randn(3, 3, 8, 8, seed=1)
+        mask = random_masks(3, 4, torch.Generator().manual_seed(0))
+        losses = model(view, clean, mask)
+        tokens = model.vit(view, mask)
+        wanted = gradients = 0.0
+        histograms = oriented_gradients(clean, 4, 2)
+        for place in range(4):
+            r, c = divmod(place, 2)
+            patch = clean[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].flatten(1)
+            wanted += (model.to_pixels(tokens[:, place]) - patch).square().mean() / 4
+            cells = histograms[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(1)
+            gradients += (model.to_gradients(tokens[:, place]) - cells).square().sum(1).mean() / 4 / 4
+        torch.testing.assert_close(losses["pixel"], wanted)
+        torch.testing.assert_close(losses["gradient"], gradients)
+
+    def test_a_hidden_patch_is_not_looked_at_and_a_visible_one_is(self):
+        model, clean = self.model(), randn(1, 3, 8, 8)
+        mask = torch.tensor([[True, False, False, False]])
+        other = clean.clone()
+        other[:, :, :4, :4] += 1.0
+        seen = [model.vit(x, mask) for x in (clean, other)]
+        assert torch.equal(*seen)
+        other = clean.clone()
+        other[:, :, 4:, :4] += 1.0
+        assert not torch.equal(model.vit(other, mask), seen[0])
+
+    def test_every_parameter_gets_a_gradient(self):
+        model = self.model()
+        mask = torch.tensor([[True, False, True, False]] * 2)
+        loss = masked_prediction_loss({"pixel": 1.0, "gradient": 1.0})
+        loss(model, {"view": randn(2, 3, 8, 8), "clean": randn(2, 3, 8, 8, seed=1), "mask": mask}).backward()
+        used = {name: p for name, p in model.named_parameters() if p.numel()}  # no class token, no registers
+        assert [name for name, p in used.items() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+    def test_the_weights_of_the_loss(self):
+        model, batch = self.model(), {"view": randn(2, 3, 8, 8), "clean": randn(2, 3, 8, 8, seed=1)}
+        batch["mask"] = torch.tensor([[True, False, True, False]] * 2)
+        terms = model(**batch)
+        got = masked_prediction_loss({"pixel": 2.0, "gradient": 0.5})(model, batch)
+        torch.testing.assert_close(got, 2.0 * terms["pixel"] + 0.5 * terms["gradient"])
+
+    def test_training_predicts_what_is_hidden(self):
+        """Pictures of one colour: a hidden patch has the colour of the others."""
+
+        def batches(generator, n):
+            clean = torch.randn(n, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8).contiguous()
+            return {"view": clean, "clean": clean, "mask": random_masks(n, 4, generator)}
+
+        loss = masked_prediction_loss({"pixel": 1.0, "gradient": 1.0})
+        config = FitConfig(steps=300, batch_size=64, lr=1e-2, ema_decay=0.9)
+        model = fit(self.model(), loss, batches, config).model.eval()
+        batch = batches(torch.Generator().manual_seed(9), 200)
+        tokens = model.vit(batch["view"], batch["mask"])
+        error = (
+            model.to_pixels(tokens).unflatten(-1, (3, 16)).mean(-1) - batch["clean"][:, None, :, 0, 0]
+        ).abs()
+        assert error[batch["mask"]].mean() < 0.3, "a guess of zero errs by 0.8"
+
+    def test_cells_must_tile_a_patch(self):
+        with pytest.raises(ValueError, match="cells of 3 pixels do not tile patches of 4"):
+            self.model(cell=3)
 
 
 def test_spread_is_one_for_random_directions_and_zero_for_one():

@@ -16,50 +16,47 @@ from torch import Tensor, nn
 
 from minilib.data import shapes
 from minilib.data.shapes import Scenes
-from minilib.recipes.base import Recipe, progress_log, rows_png
+from minilib.recipes.base import Recipe, rows_png, training_run
 from minilib.recipes.shapes import TEST_SEED, data_line
 from minilib.recipes.vae import mixed_scenes
-from minilib.training import Batch, FitConfig, FitResult, fit
+from minilib.training import Batch, FitConfig, FitResult, LossFn
 
 SIZE = 16
 CONFIG = {"image_size": SIZE, "patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
-#: The losses of ``SelfDistillation``. Errors of pixels are small numbers; at this weight their gradient is felt.
-WEIGHTS = {"pooled": 1.0, "patch": 1.0, "pixel": 5.0}
+#: The losses of ``MaskedPrediction``.
+WEIGHTS = {"pixel": 1.0, "gradient": 1.0}
 
 
 def view_batches(generator: torch.Generator, n: int) -> Batch:
-    """Two views in different light of fresh scenes of the training split, ``a`` and ``b``, and what is hidden in each."""
+    """Fresh scenes of the training split, ``clean``, a ``view`` of each in other light, and the ``mask`` of hidden patches."""
     from minilib.self_supervision import random_light, random_masks
 
-    x = shapes.render(mixed_scenes(n, generator, "train"), SIZE)
+    clean = shapes.render(mixed_scenes(n, generator, "train"), SIZE)
     patches = (SIZE // CONFIG["patch_size"]) ** 2
     return {
-        "a": random_light(x, generator),
-        "b": random_light(x, generator),
-        "mask_a": random_masks(n, patches, generator),
-        "mask_b": random_masks(n, patches, generator),
+        "clean": clean,
+        "view": random_light(clean, generator),
+        "mask": random_masks(n, patches, generator),
     }
 
 
-def run_vit(config: FitConfig, checkpoint: Path) -> FitResult:
-    """Train; student and teacher come back as ``model`` and ``ema``."""
+def _build() -> nn.Module:
     from minilib.models import ViT
-    from minilib.self_supervision import SelfDistillation, self_distillation_loss
+    from minilib.self_supervision import MaskedPrediction
 
-    torch.manual_seed(config.seed)
-    patches = (SIZE // CONFIG["patch_size"]) ** 2
-    result = fit(
-        SelfDistillation(ViT(**CONFIG), patches=patches, steps=config.steps),
-        self_distillation_loss(WEIGHTS),
-        view_batches,
-        config,
-        checkpoint=checkpoint,
-        checkpoint_every=500,
-        callback=progress_log("vit"),
-        callback_every=250,
-    )
-    # The teacher is an average itself; it is taken from the model, not from fit's average of it.
-    return FitResult(result.model.student["vit"], result.model.teacher["vit"], result.history)
+    return MaskedPrediction(ViT(**CONFIG))
+
+
+def _loss() -> LossFn:
+    from minilib.self_supervision import masked_prediction_loss
+
+    return masked_prediction_loss(WEIGHTS)
+
+
+def run_vit(config: FitConfig, checkpoint: Path) -> FitResult:
+    """Train, and leave the layers that predict behind."""
+    result = training_run("vit", _build, _loss, lambda: view_batches)(config, checkpoint)
+    return FitResult(result.model.vit, result.ema.vit, result.history)
 
 
 def cell_windows(maps: Float[Tensor, "n d g g"]) -> Float[Tensor, "n 9 f"]:
@@ -103,8 +100,8 @@ def probe_cells(
 
 
 def evaluate_vit(model: nn.Module, n: int = 3000) -> dict[str, Any]:
-    """Linear read-outs of held-out scenes, beside those of the untrained network and of the raw pixels; and signs of collapse."""
-    from minilib.self_supervision import feature_spread
+    """Linear read-outs of held-out scenes, beside those of the untrained network, of the pixels and of the gradients."""
+    from minilib.self_supervision import feature_spread, oriented_gradients
 
     generator = torch.Generator().manual_seed(TEST_SEED)
     scenes = [mixed_scenes(n, generator, split) for split in ("train", "test")]
@@ -117,8 +114,11 @@ def evaluate_vit(model: nn.Module, n: int = 3000) -> dict[str, Any]:
         metrics |= {f"{name}_{arm}": value for name, value in scores.items()}
         places = rearrange(maps[1], "n d r c -> (r c) n d")
         metrics[f"spread_{arm}"] = sum(feature_spread(place) for place in places) / len(places)
-    scores = probe_cells(pictures[0], scenes[0], pictures[1], scenes[1])
-    return metrics | {f"{name}_pixels": value for name, value in scores.items()}
+    targets = {"pixels": pictures, "gradients": [oriented_gradients(x) for x in pictures]}
+    for name, (a, b) in targets.items():
+        scores = probe_cells(a, scenes[0], b, scenes[1])
+        metrics |= {f"{key}_{name}": value for key, value in scores.items()}
+    return metrics
 
 
 def vit_picture(model: nn.Module) -> bytes:
@@ -153,14 +153,15 @@ def _untrained(model: nn.Module) -> nn.Module:
 RECIPES: dict[str, Recipe] = {
     "vit": Recipe(
         summary="A vision transformer for scenes of 16 x 16 pixels, trained without labels: 16 patches of 4 x 4 pixels, "
-        "64 features each. It predicts, from a view with a third to two thirds of the patches hidden, what its own moving "
-        "average makes of another view (DINO, iBOT), and the hidden pixels (SimMIM).",
+        "64 features each. It sees a view in other light with a fifth to half of the patches hidden, and says of each patch what "
+        "the clean picture has there: its pixels and its histograms of oriented gradients (MaskFeat).",
         config=FitConfig(
-            steps=8000,
+            steps=12_000,
             batch_size=64,
             lr=1e-3,
+            ema_decay=0.999,
             weight_decay=0.04,
-            warmup=300,
+            warmup=200,
             decay_fraction=0.5,
             clip=3.0,
         ),
