@@ -29,6 +29,7 @@ profile = "auto"
 # %% tags=["hide-input"]
 import textwrap
 from dataclasses import dataclass, replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -58,6 +59,7 @@ from minilib.recipes.scenes import ddim_scheduler, draw_scenes, flow_scheduler
 from minilib.recipes.vae import mixed_scenes
 from minilib.recipes.vit import principal_colours, probe_cells, token_maps
 from minilib.reproduction import Reproduction
+from minilib.self_supervision import oriented_gradients
 from minilib.training import FitConfig, fit
 
 
@@ -214,7 +216,13 @@ for name, (size, _) in SCENES.items():
     run.record(f"scene-{name.replace('_', '-')}", scores(name) / ceilings[size])
 other = torch.arange(3 * s.scenes).roll(1)
 mistaken = [
-    [mean_scores(scene_scores(one["read"], shapes.concatenate([asked(seed, k) for k in (1, 2, 3)])[other]))["scene"] for name in SCENES for one in [drawn[name, 3.0][i]]]
+    [
+        mean_scores(
+            scene_scores(one["read"], shapes.concatenate([asked(seed, k) for k in (1, 2, 3)])[other])
+        )["scene"]
+        for name in SCENES
+        for one in [drawn[name, 3.0][i]]
+    ]
     for i, seed in enumerate(s.seeds)
 ]
 run.record("other-captions", torch.tensor(mistaken).amax(1))
@@ -413,7 +421,9 @@ for f in (2, 4, 8):
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# `vit` looks at scenes of 16 x 16 pixels in patches of 4 x 4 and has never seen a label. It was trained to make the same of two views of one scene in different light, with parts hidden {cite:p}`caron2021emerging,zhou2022ibot,xie2022simmim`. What do its features know? A linear read-out tells, fitted on some scenes and tested on others: what is in each cell? The same read-out gets the raw pixels, and the features of the same network before training.
+# `vit` looks at scenes of 16 x 16 pixels in patches of 4 x 4 and has never seen a label. It was shown scenes in odd light with a fifth to half of the patches hidden. For each patch it had to say two things about the clean picture: its pixels {cite:p}`xie2022simmim`, and how steeply it rises in which direction {cite:p}`wei2022masked`. The second target are histograms of oriented gradients, a hand-made description of form from before deep learning {cite:p}`dalal2005histograms`.
+#
+# What do its features know? A linear read-out tells, fitted on some scenes and tested on others: what is in each cell? The same read-out gets the features of the same network before training, the raw pixels, and the gradients that it was taught to predict.
 
 # %%
 vit = models["vit"].cpu()
@@ -426,18 +436,21 @@ def know(arm, seed):
     g = torch.Generator().manual_seed(70_000 + seed)
     scenes = [mixed_scenes(s.probe, g, split) for split in ("train", "test")]
     x = [shapes.render(part, 16) for part in scenes]
-    maps = (
-        x
-        if arm == "pixels"
-        else [token_maps({"trained": vit, "untrained": untrained}[arm], part) for part in x]
-    )
+    look = {
+        "trained": partial(token_maps, vit),
+        "untrained": partial(token_maps, untrained),
+        "gradients": oriented_gradients,
+        "pixels": lambda part: part,
+    }
+    maps = [look[arm](part) for part in x]
     return probe_cells(maps[0], scenes[0], maps[1], scenes[1])
 
 
-probes = run_arms(know, {arm: arm for arm in ("trained", "untrained", "pixels")}, s.seeds, s.jobs)
+ARMS = ("trained", "untrained", "gradients", "pixels")
+probes = run_arms(know, {arm: arm for arm in ARMS}, s.seeds, s.jobs)
 mean = {arm: torch.tensor([sum(r.values()) / len(r) for r in results]) for arm, results in probes.items()}
-run.record("vit-over-pixels", 100 * (mean["trained"] - mean["pixels"]))
-run.record("vit-over-untrained", 100 * (mean["trained"] - mean["untrained"]))
+for arm in ARMS[1:]:
+    run.record(f"vit-over-{arm}", 100 * (mean["trained"] - mean[arm]))
 attributes = list(probes["trained"][0])
 lines = ["| read from | " + " | ".join(attributes) + " |", "|---" * (len(attributes) + 1) + "|"]
 for arm, results in probes.items():
@@ -649,4 +662,4 @@ print(f"{zoo.entry('dit_mnist')['metrics']['nearest_train_ratio_guidance_1']:.2f
 # %% [markdown]
 # ## References
 #
-# Latent and transformer generators: {cite:t}`ldm`, {cite:t}`esser2024scaling`. Guidance: {cite:t}`ho2022classifier`. Sentence states: {cite:t}`reimers2019sentence`. Self-supervision: {cite:t}`caron2021emerging`, {cite:t}`zhou2022ibot`, {cite:t}`xie2022simmim`. The recipes: [minilib/recipes](https://github.com/minilib-book/minilib/tree/main/minilib/recipes). How to report a model: {cite:t}`mitchell2019model`.
+# Latent and transformer generators: {cite:t}`ldm`, {cite:t}`esser2024scaling`. Guidance: {cite:t}`ho2022classifier`. Sentence states: {cite:t}`reimers2019sentence`. Masked prediction: {cite:t}`wei2022masked`, {cite:t}`xie2022simmim`, {cite:t}`dalal2005histograms`. The recipes: [minilib/recipes](https://github.com/minilib-book/minilib/tree/main/minilib/recipes). How to report a model: {cite:t}`mitchell2019model`.
