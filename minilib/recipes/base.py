@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -150,7 +150,7 @@ def progress_log(name: str) -> Callable[[int, nn.Module, float], None]:
     return log
 
 
-def rows_png(x: Tensor, rows: list[str], columns: int = 8, column_labels: list[str] | None = None) -> bytes:
+def rows_png(x: Tensor, rows: list[str], columns: int = 8, column_labels: Sequence[str] = ()) -> bytes:
     """Square pictures in rows with labels, as a PNG."""
     import io
 
