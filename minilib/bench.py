@@ -102,7 +102,7 @@ def model_cases(
         goals: aimed at by the three.
     """
     sides = [(model, call) for model, call in (ours, theirs)]
-    for size, goal in zip((1, 64), goals, strict=False):
+    for size, goal in zip((1, 64), goals[:2], strict=True):
         batch = inputs(size)
         mine, peer = (partial(_forward, *side, batch) for side in sides)
         yield Case(f"{name}, forward, batch {size}", "diffusers", goal, mine, peer)

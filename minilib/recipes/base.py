@@ -136,6 +136,21 @@ def training_run(
     return run
 
 
+def flow_matching() -> LossFn:
+    """The loss of rectified flow."""
+    from minilib.losses import flow_matching_loss
+
+    return flow_matching_loss
+
+
+def logit_normal_times() -> Callable[[int, torch.Generator], Tensor]:
+    """Training times as of Stable Diffusion 3: the middle of the path more often than its ends."""
+    from minilib.losses import density_timesteps
+    from minilib.schedulers import timestep_density
+
+    return density_timesteps(timestep_density("logit_normal"))
+
+
 def progress_log(name: str) -> Callable[[int, nn.Module, float], None]:
     """A callback for ``fit`` that writes a line a call to stderr: step, loss, CPU seconds a step. For runs without a terminal."""
     state: dict[str, float] = {}

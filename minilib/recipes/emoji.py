@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from minilib.data import load
 from minilib.data.emoji import STYLES, CaptionedImageSet
 from minilib.data.text_states import CaptionStates, caption_states
-from minilib.recipes.base import Recipe, image_set_line, rows_png, training_run
-from minilib.training import Batch, FitConfig, LossFn, MakeBatch
+from minilib.recipes.base import (
+    Recipe,
+    flow_matching,
+    image_set_line,
+    logit_normal_times,
+    rows_png,
+    training_run,
+)
+from minilib.training import Batch, FitConfig, MakeBatch
 
 ENCODER = "minilm"
 SIZE = 32
@@ -81,18 +88,8 @@ def _build() -> nn.Module:
     )
 
 
-def _flow() -> LossFn:
-    from minilib.losses import flow_matching_loss
-
-    return flow_matching_loss
-
-
 def _batches() -> MakeBatch:
-    from minilib.losses import density_timesteps
-    from minilib.schedulers import timestep_density
-
-    times = density_timesteps(timestep_density("logit_normal"))
-    return emoji_batches(load("emoji", "train", SIZE), caption_states(ENCODER, "train"), times)
+    return emoji_batches(load("emoji", "train", SIZE), caption_states(ENCODER, "train"), logit_normal_times())
 
 
 @torch.no_grad()
@@ -229,7 +226,7 @@ RECIPES: dict[str, Recipe] = {
             decay_fraction=0.5,
             mixed_precision="bf16",
         ),
-        run=training_run("mmdit_emoji", _build, _flow, _batches),
+        run=training_run("mmdit_emoji", _build, flow_matching, _batches),
         evaluate=evaluate_emoji,
         data=_data_line,
         picture=emoji_picture,

@@ -13,7 +13,7 @@ from torch import nn
 from minilib import zoo
 from minilib.data import shapes
 from minilib.data.shapes import sample_scenes
-from minilib.recipes.base import Recipe, training_run
+from minilib.recipes.base import Recipe, flow_matching, logit_normal_times, training_run
 from minilib.recipes.scenes import (
     ddim_scheduler,
     evaluate_scenes,
@@ -135,20 +135,8 @@ def _build_mmdit_on() -> nn.Module:
     return model
 
 
-def _flow() -> LossFn:
-    from minilib.losses import flow_matching_loss
-
-    return flow_matching_loss
-
-
 def _mmdit_batches(size: int) -> Callable[[], MakeBatch]:
-    def batches() -> MakeBatch:
-        from minilib.losses import density_timesteps
-        from minilib.schedulers import timestep_density
-
-        return scene_batches(size, density_timesteps(timestep_density("logit_normal")))
-
-    return batches
+    return lambda: scene_batches(size, logit_normal_times())
 
 
 def _unet(size: int, patch_size: int, steps: int) -> Recipe:
@@ -195,7 +183,7 @@ RECIPES: dict[str, Recipe] = {
             decay_fraction=0.4,
             mixed_precision="bf16",
         ),
-        run=training_run("mmdit_shapes", _build_mmdit, _flow, _mmdit_batches(16)),
+        run=training_run("mmdit_shapes", _build_mmdit, flow_matching, _mmdit_batches(16)),
         evaluate=evaluate_scenes(16, flow_scheduler, "Euler, 25 steps"),
         data=lambda: data_line(16, "one to three objects, new scenes at each step"),
         picture=scene_grid(16, flow_scheduler),
@@ -214,7 +202,7 @@ RECIPES: dict[str, Recipe] = {
             decay_fraction=0.6,
             mixed_precision="bf16",
         ),
-        run=training_run("mmdit_shapes32", _build_mmdit_on, _flow, _mmdit_batches(32)),
+        run=training_run("mmdit_shapes32", _build_mmdit_on, flow_matching, _mmdit_batches(32)),
         evaluate=evaluate_scenes(32, flow_scheduler, "Euler, 25 steps", n=100, guidance=(3.0,)),
         data=lambda: data_line(32, "one to three objects, new scenes at each step"),
         picture=scene_grid(32, flow_scheduler),

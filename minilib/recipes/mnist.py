@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from minilib import zoo
 from minilib.data import load
-from minilib.recipes.base import Recipe, image_set_line, training_run
+from minilib.recipes.base import Recipe, flow_matching, image_set_line, logit_normal_times, training_run
 from minilib.recipes.digits import class_grid, judge_oracle, judge_samples, train_oracle
-from minilib.training import FitConfig, FitResult, LossFn, MakeBatch
+from minilib.training import FitConfig, FitResult, MakeBatch
 
 
 def _run_oracle(config: FitConfig, checkpoint: Path) -> FitResult:
@@ -31,19 +31,11 @@ def _build_dit() -> nn.Module:
     )
 
 
-def _flow() -> LossFn:
-    from minilib.losses import flow_matching_loss
-
-    return flow_matching_loss
-
-
 def _batches() -> MakeBatch:
-    from minilib.losses import class_batches, density_timesteps
-    from minilib.schedulers import timestep_density
+    from minilib.losses import class_batches
 
     data = load("mnist10k", "train")
-    times = density_timesteps(timestep_density("logit_normal"))
-    return class_batches(data.x, data.y, times, null_class=10)
+    return class_batches(data.x, data.y, logit_normal_times(), null_class=10)
 
 
 def sample_mnist(
@@ -93,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
             warmup=200,
             decay_fraction=0.5,
         ),
-        run=training_run("dit_mnist", _build_dit, _flow, _batches),
+        run=training_run("dit_mnist", _build_dit, flow_matching, _batches),
         evaluate=_evaluate_dit,
         data=lambda: image_set_line(load("mnist10k", "train")),
         picture=_picture_dit,
