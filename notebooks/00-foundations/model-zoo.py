@@ -426,6 +426,8 @@ display(Markdown("\n".join(lines)))
 # %% [markdown]
 # `vit` looks at scenes of 16 x 16 pixels in patches of 4 x 4 and has never seen a label. It was shown scenes in odd light with a fifth to half of the patches hidden. For each patch it had to say two things about the clean picture: its pixels {cite:p}`xie2022simmim`, and how steeply it rises in which direction {cite:p}`wei2022masked`. The second target are histograms of oriented gradients, a hand-made description of form from before deep learning {cite:p}`dalal2005histograms`.
 #
+# An earlier recipe matched two views of a scene in different light, as DINO does. It learned the colours, which tell scenes apart, and forgot the shapes, which are not needed for that. It was given up; no run here records it.
+#
 # What do its features know? A linear read-out tells, fitted on some scenes and tested on others: what is in each cell? The same read-out gets the features of the same network before training, the raw pixels, and the gradients that it was taught to predict.
 
 # %%
@@ -608,7 +610,7 @@ for depth, values in readers.items():
     )
 
 # %% [markdown]
-# If one block reads as well as three, depth was not the obstacle. What is left is the teacher. On its own the encoder gets an error for every word. Inside a generator it only hears, through the noise, that pixels were not quite right. The generators above therefore start from `text_shapes`, an encoder that already reads, as large text-to-image models do. With it they bound words to places from their first thousand steps on.
+# If one block reads as well as three, depth was not the obstacle. What is left is the teacher. On its own the encoder gets an error for every word. Inside a generator it only hears, through the noise, that pixels were not quite right. The generators above therefore start from `text_shapes`, an encoder that already reads, as large text-to-image models do.
 #
 # What was *not* isolated: when the zoo's U-Net was built, its text encoder became deeper *and* trained in advance, and its blocks were told positions. No run here separates the three, with seeds and a control. So the head start is what we think helped, not what we have shown.
 #
