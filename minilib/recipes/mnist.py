@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,32 @@ def _batches() -> MakeBatch:
 
     data = load("mnist10k", "train")
     return class_batches(data.x, data.y, logit_normal_times(), null_class=10)
+
+
+#: What the second cycle of ``dit_mnist`` changes.
+SECOND = {
+    "steps": 6_000,
+    "lr": 5e-4,
+    "warmup": 100,
+    "decay_fraction": 0.9,
+    "mixed_precision": "bf16",
+    "seed": 1,
+}
+
+
+def run_dit(config: FitConfig, checkpoint: Path) -> FitResult:
+    """Two cycles of the learning rate; the second, ``SECOND``, starts from the average of the first.
+
+    After the first cycle alone the Fréchet distance was above twice its floor.
+    """
+    first = training_run("dit_mnist", _build_dit, flow_matching, _batches)(config, checkpoint)
+    share = config.steps / RECIPES["dit_mnist"].config.steps
+    second = replace(config, **SECOND | {"steps": max(1, round(share * SECOND["steps"]))})
+    again = training_run(
+        "dit_mnist, second cycle", lambda: first.ema.requires_grad_(True).train(), flow_matching, _batches
+    )
+    result = again(second, checkpoint.with_stem(f"{checkpoint.stem}-second"))
+    return FitResult(result.model, result.ema, first.history + result.history)
 
 
 def sample_mnist(
@@ -76,7 +103,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "dit_mnist": Recipe(
         summary="A class-conditional DiT on 28x28 handwritten digits: patch 4, 49 tokens, width 128, 6 blocks, "
-        "rectified flow with logit-normal times, 10 % label dropout.",
+        "rectified flow with logit-normal times, 10 % label dropout. A second cycle of 6,000 steps, in bf16 and at half the "
+        "learning rate, follows the first.",
         config=FitConfig(
             steps=10_000,
             batch_size=64,
@@ -85,7 +113,7 @@ RECIPES: dict[str, Recipe] = {
             warmup=200,
             decay_fraction=0.5,
         ),
-        run=training_run("dit_mnist", _build_dit, flow_matching, _batches),
+        run=run_dit,
         evaluate=_evaluate_dit,
         data=lambda: image_set_line(load("mnist10k", "train")),
         picture=_picture_dit,
