@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -109,29 +109,52 @@ def image_set_line(data: ImageSet | CaptionedImageSet) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """A further cycle of training: its length in lengths of the first, and what else it changes in the first's settings."""
+
+    length: float
+    changes: Mapping[str, Any]
+
+    def config(self, first: FitConfig) -> FitConfig:
+        """The settings of this cycle after a first one with these."""
+        return replace(first, steps=max(1, round(self.length * first.steps)), **self.changes)
+
+
 def training_run(
     name: str,
     build: Callable[[], nn.Module],
     loss: Callable[[], LossFn],
     batches: Callable[[], MakeBatch],
+    then: Cycle | None = None,
 ) -> Callable[[FitConfig, Path], FitResult]:
     """A ``Recipe.run``: seed, model, loss and batches put together, with a checkpoint and a line of progress every 250 steps.
 
-    The parts come as functions, so that a recipe can be listed without building them.
+    The parts come as functions, so that a recipe can be listed without building them. A second cycle, ``then``, starts from the
+    average of the first, with a learning rate that rises and falls once more, and a checkpoint of its own (``...-second``).
     """
 
-    def run(config: FitConfig, checkpoint: Path) -> FitResult:
-        torch.manual_seed(config.seed)
+    def cycle(model: nn.Module, config: FitConfig, checkpoint: Path, label: str) -> FitResult:
         return fit(
-            build(),
+            model,
             loss(),
             batches(),
             config,
             checkpoint=checkpoint,
             checkpoint_every=250,
-            callback=progress_log(name),
+            callback=progress_log(label),
             callback_every=250,
         )
+
+    def run(config: FitConfig, checkpoint: Path) -> FitResult:
+        torch.manual_seed(config.seed)
+        first = cycle(build(), config, checkpoint, name)
+        if then is None:
+            return first
+        model = first.ema.requires_grad_(True).train()
+        second = checkpoint.with_stem(f"{checkpoint.stem}-second")
+        result = cycle(model, then.config(config), second, f"{name}, second cycle")
+        return FitResult(result.model, result.ema, first.history + result.history)
 
     return run
 
