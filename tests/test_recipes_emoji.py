@@ -12,6 +12,7 @@ from minilib.recipes.emoji import (
     conditions,
     draw_emoji,
     emoji_batches,
+    identified,
     nearest_real,
     null_conditions,
     picked,
@@ -114,3 +115,25 @@ def test_real_pictures_are_recognised_and_others_are_not(data):
     assert right == {"concept": 1.0, "style": 1.0, "both": 1.0}
     wrong = recognised(nearest_real(real[places].roll(1, 0), real), concept, style, data)
     assert wrong["concept"] == 0.0 and wrong["both"] == 0.0 and wrong["style"] == 0.0
+
+
+def test_identification_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    real, style = torch.randn(40, 5, generator=generator), torch.arange(40) % 2
+    places = torch.tensor([3, 8, 8, 31])
+    drawn = real[places] + 0.7 * torch.randn(4, 5, generator=generator)
+    wanted = 0
+    for one, place in zip(drawn, places.tolist(), strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one[None], real)
+        rivals = [i for i in range(40) if style[i] == style[place] and i != place]
+        wanted += all(cosine[place] > cosine[i] for i in rivals)
+    assert identified(drawn, places, real, style, rivals=19) == wanted / 4 and 0 < wanted < 4
+    assert identified(real[places], places, real, style) == 1.0  # fewer rivals than asked for: all there are
+
+
+def test_identification_of_anything_is_chance():
+    generator = torch.Generator().manual_seed(1)
+    real, drawn = torch.randn(400, 8, generator=generator), torch.randn(2000, 8, generator=generator)
+    places = torch.randint(400, (2000,), generator=generator)
+    share = identified(drawn, places, real, torch.zeros(400, dtype=torch.long), rivals=9)
+    assert abs(share - 0.1) < 0.03
