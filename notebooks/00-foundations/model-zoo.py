@@ -27,7 +27,6 @@ except ImportError:
 profile = "auto"
 
 # %% tags=["hide-input"]
-import itertools
 import textwrap
 from dataclasses import dataclass, replace
 from functools import partial
@@ -574,11 +573,10 @@ for (name, kind), pool in pools.items():
     label = name.replace("_shapes", "\n") + (f"\n{kind}" if kind else "")
     wrong += [(label, enlarged(shapes.render(t, x.shape[-1]))[0], enlarged(x)[0]) for t, x in found[:4]]
 columns = 8
-wrong += [("", torch.ones(3, 32, 32), torch.ones(3, 32, 32))] * (-len(wrong) % columns)
+while not wrong or len(wrong) % columns:
+    wrong.append(("", torch.ones(3, 32, 32), torch.ones(3, 32, 32)))
 strips = [wrong[k : k + columns] for k in range(0, len(wrong), columns)]
-fig, axes = plt.subplots(
-    max(1, len(strips)), 1, figsize=(7, 2.3 * max(1, len(strips))), layout="constrained", squeeze=False
-)
+fig, axes = plt.subplots(len(strips), 1, figsize=(7, 2.3 * len(strips)), layout="constrained", squeeze=False)
 for strip, ax in zip(strips, axes[:, 0], strict=True):
     pictures = torch.stack([one[i] for i in (1, 2) for one in strip])
     labels = [one[0] for one in strip]
