@@ -676,7 +676,7 @@ for name, rs in results.items():
 lines.append(f"| held-out real scenes (floor) | {with_interval(floor, '.1f')} | |")
 display(Markdown("\n".join(lines)))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Fréchet distance on a logarithmic axis against training operations, three points an arm. The curves of the latent arms lie far below those of the three pixel arms at every point, that of f = 4 lowest. They fall with more training, as do the narrow and the patched pixel arms, a little; that of f = 1 hardly moves. A dashed line at the bottom is the floor of real scenes."}, "figure": {"caption": "Fréchet distance against the work of training, one curve an arm. Bands: 90 % intervals over seeds. Dashed: real held-out scenes. The learning rate falls to zero towards the last point only, which favours it.", "name": "fig-ldm-flops"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Fréchet distance on a logarithmic axis against training operations, three points an arm. The curves of the latent arms lie far below those of the three pixel arms at every point, that of f = 4 lowest. They fall with more training, as do the narrow and the patched pixel arms, a little; that of f = 1 hardly moves. A dashed line at the bottom is the floor of real scenes."}, "figure": {"caption": "Fréchet distance against the work of training, one curve an arm; the pooled and the broken arm are in the table only. Bands: 90 % intervals over seeds. Dashed: real held-out scenes. The learning rate falls to zero towards the last point only, which favours it.", "name": "fig-ldm-flops"}}
 shown = ["f = 1", "f = 2", "f = 4", "f = 8", "pixels, narrow", "pixels, patches"]
 fig, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
 for name, colour, marker in zip(shown, PALETTE, "osD^vP", strict=False):
@@ -698,11 +698,12 @@ fig.legend(loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# The axis counts operations, not seconds. On small grids a step is so short that the processor spends part of it on overheads: compare the seconds in the table, which are far from equal.
+# The axis counts operations, not seconds. On small grids a step is so short that the processor spends part of it on overheads, and layers with few channels use it badly too: compare the seconds in the table, which are far from equal.
 #
 # Take the three arms on pixels with care. After the number of steps that the budget buys them, they are hardly trained. At distances this large their order means little, and none of them says what a pixel model can do.
 #
-# And the broken arm? Its distance is close to that of the intact $f = 4$, and it is one seed. So this page does not show that forgetting the factor costs much. The likely reasons: a run this short is far from the quality at which the mismatch would tell, and a schedule that leaves some signal at its last step
+# And the broken arm? Over three seeds, at the learning rate of the intact $f = 4$, its mean distance is a little higher. But its seeds differ far more than those of the intact arm, and its interval holds all of the other's. That is inconclusive: the page shows neither that forgetting the factor costs something, nor that it is free.
+# The likely reasons: three seeds that scatter so widely cannot settle so small a difference, a run this short is far from the quality at which the mismatch would tell, and a schedule that leaves some signal at its last step
 # misleads a model less when nearly every scene begins with the same dark ground.
 #
 # What do these distances look like?
@@ -783,7 +784,7 @@ for name in seen:
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# Cross-attention is far ahead, though far from the ceiling as well, and its seeds differ widely: in runs this short the binding of words to places is still being learned.
+# Cross-attention is far ahead, though far from the ceiling as well, and its seeds differ widely: in runs this short the binding of words to places is still being learned. The pooled arm is hardly above chance.
 #
 # The pooled arm has one vector for the whole caption, the same at every place. It has to say with that vector which of nine cells gets what, and self-attention has to work out the rest from positions. It cannot look anything up. Does the vector hold enough to say it? A linear
 # read-out tells. It is fitted on some captions of two objects and tested on others.
@@ -805,7 +806,7 @@ print(
 )
 
 # %% [markdown]
-# So what the pooled arm lacks is not information. At this budget it has not learned to use it. Whether it would in a longer run, the page does not show.
+# So what the pooled arm lacks is not information, at least not about places and colours. At this budget it has not learned to use it. Whether it would in a longer run, the page does not show.
 #
 # Who looks at which word? The trained model of the zoo, `unet_shapes32`, has larger maps to show. We record the weights of {eq}`eq-ldm-cross` in its cross-attention layers with `record_attention`, and show those with maps of at least 8 x 8, while it draws one scene in 25 steps. (It works on pixels in patches of 2 x 2 and was trained without stripes; its
 # blocks are those of this page.)
@@ -876,7 +877,7 @@ run.report()
 # Both controls are formally won, and both answers are weak. {numref}`fig-ldm-samples` shows why: these pixel arms, too, were stopped before they drew anything. What is measured is how soon each arm gets rid of noise. There the latent has help of two kinds. A decoder that has only ever made clean pictures hides what noise is left, where a pixel arm
 # shows it to the judge. And the narrow first level of our U-Net, with hardly more channels than a patch has numbers, is a tight place for noise to pass. Wider bodies and longer runs, as in the `gpu` profile, would be the fair trial; the run shown here, in the `cpu` profile, is not.
 #
-# *Rate-distortion* and *decoder limit* belong together: rFD in the table must rise with $f$, and in {numref}`fig-ldm-factor` samples cannot be expected below the lower curve. At $f = 8$ they almost touch it, so that more training could win little there. *Interior* was stated for the longer runs of the `gpu` profile, and holds here already. Its left half is the easy win over pixels again; its right half is the price of the stripes.
+# *Rate-distortion* and *decoder limit* belong together: rFD in the table must rise with $f$, and in {numref}`fig-ldm-factor` samples cannot be expected below the lower curve. At $f = 8$ they almost touch it, so that more training could win little there. *Interior* was stated for the longer runs of the `gpu` profile, and holds here already. It is $f = 4$ that wins; $f = 2$ and $f = 8$ cannot be told apart by their distances. Its left half is the easy win over pixels again; its right half is the price of the stripes.
 # We expect the best factor to move with the budget: the less there is to spend, the more compression pays.
 #
 # *Cross over pooled* compares two ways to read the same frozen states. Both arms start from the same encoder, and the pooled one is wider, to make up for the parameters that it lacks. The paper has no such comparison. *Shuffled* is a check of the wiring: the same samples, judged by another caption, must fall to chance.
@@ -886,7 +887,7 @@ run.report()
 # :::{admonition} What this does not show
 # :class: warning
 # - **Converged models.** Each arm trains for less than a minute in the `cpu` profile. The order of the arms after weeks may differ, above all for pixels: none of the three pixel arms gets as far as drawing scenes.
-# - **The price of not rescaling.** One seed, and no clear difference at this length.
+# - **The price of not rescaling.** Three seeds that differ widely, and no clear difference at this length.
 # - **Photographs.** Stripes are the only fine detail here. In photographs most bits are detail, and what may be dropped is a matter of taste.
 # - **The paper's first stage.** There is no adversarial loss, no vector-quantised variant {cite:p}`esser2021taming`, and one autoencoder for each $f$: the intervals do not hold the luck of *its* training.
 # - **A neutral judge.** The Fréchet distance uses features of the network whose lower layers also served as the autoencoders' perceptual distance. Both sides of *latent over patches* are measured with it, but only one was trained with its help.
