@@ -698,7 +698,7 @@ fig.legend(loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# The axis counts operations, not seconds. On small grids a step is so short that the processor spends part of it on overheads, and layers with few channels use it badly too: compare the seconds in the table, which are far from equal.
+# The axis counts operations, not seconds. On small grids a step is so short that the processor spends part of it on overheads, and narrow layers seem to use it badly too: compare the seconds in the table, which are far from equal.
 #
 # Take the three arms on pixels with care. After the number of steps that the budget buys them, they are hardly trained. At distances this large their order means little, and none of them says what a pixel model can do.
 #
@@ -877,7 +877,7 @@ run.report()
 # Both controls are formally won, and both answers are weak. {numref}`fig-ldm-samples` shows why: these pixel arms, too, were stopped before they drew anything. What is measured is how soon each arm gets rid of noise. There the latent has help of two kinds. A decoder that has only ever made clean pictures hides what noise is left, where a pixel arm
 # shows it to the judge. And the narrow first level of our U-Net, with hardly more channels than a patch has numbers, is a tight place for noise to pass. Wider bodies and longer runs, as in the `gpu` profile, would be the fair trial; the run shown here, in the `cpu` profile, is not.
 #
-# *Rate-distortion* and *decoder limit* belong together: rFD in the table must rise with $f$, and in {numref}`fig-ldm-factor` samples cannot be expected below the lower curve. At $f = 8$ they almost touch it, so that more training could win little there. *Interior* was stated for the longer runs of the `gpu` profile, and holds here already. It is $f = 4$ that wins; $f = 2$ and $f = 8$ cannot be told apart by their distances. Its left half is the easy win over pixels again; its right half is the price of the stripes.
+# *Rate-distortion* and *decoder limit* belong together: rFD in the table must rise with $f$, and in {numref}`fig-ldm-factor` samples cannot be expected below the lower curve. At $f = 8$ they almost touch it, so that more training could win little there. *Interior* was stated for the longer runs of the `gpu` profile, and holds here already. It is $f = 4$ that wins; $f = 2$ and $f = 8$ cannot be told apart by their distances. The claim's left half, against $f = 1$, is the easy win over pixels again; its right half, against $f = 8$, is the price of the stripes.
 # We expect the best factor to move with the budget: the less there is to spend, the more compression pays.
 #
 # *Cross over pooled* compares two ways to read the same frozen states. Both arms start from the same encoder, and the pooled one is wider, to make up for the parameters that it lacks. The paper has no such comparison. *Shuffled* is a check of the wiring: the same samples, judged by another caption, must fall to chance.
