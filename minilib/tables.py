@@ -178,8 +178,10 @@ def card_html(card: Card) -> str:
     claims = _html("minilib-card", "", ("claim", "confirmed if"), [_claim_row(c) for c in card.claims], ())
     count = f"{len(card.claims)} claim{'s' if len(card.claims) != 1 else ''}"
     # Folded: on a page with thirty claims the table alone fills several screens before the idea is told.
+    amended = ", ".join(dict.fromkeys(escape(change.claim) for change in card.amendments))
+    when = "written down before the first run" + (f"; amended since: {amended}" if amended else "")
     return (
-        f'{about}<details class="minilib-table"><summary>{count} with thresholds, written down before the first run</summary>'
+        f'{about}<details class="minilib-table"><summary>{count} with thresholds, {when}</summary>'
         f"{claims}</details>"
     )
 

@@ -207,8 +207,13 @@ def test_a_slug_that_is_no_folder(root):
 
 
 def test_amendments(root):
+    write_card(root, CARD)
+    assert "written down before the first run<" in tables.card_html(load_card("alpha", root))
     write_card(root, CARD + AMENDED.format("speed"))
     assert load_card("alpha", root).amendments[0].date.isoformat() == "2024-05-01"
+    assert "written down before the first run; amended since: speed<" in tables.card_html(
+        load_card("alpha", root)
+    )
     for key in ("change", "reason"):
         write_card(
             root, CARD + "\n".join(x for x in AMENDED.format("speed").splitlines() if not x.startswith(key))
