@@ -476,7 +476,7 @@ run.record("published-sizes", max(off))
 # :::
 #
 # A step of the narrow arm still costs more than one of $f = 4$. To bring it all the way down, four channels would have to do, which is hardly a network. The patched one is the sharper control: same grid, same body and nearly the same number of steps as $f = 2$, and no autoencoder. Why not patches of 4, beside $f = 4$? Each
-# place would hold 48 numbers of noise, and 16 channels cannot pass them on to be predicted. That a latent has few numbers a place is part of its advantage. All arms were tuned alike: the learning rate of each was chosen between 0.004 and 0.008 by the loss on scenes
+# place would hold 48 numbers of noise, and 16 channels cannot pass them on to be predicted. That a latent has few numbers a place is part of its advantage. All arms but the broken one, which has the learning rate of $f = 4$, were tuned alike: the learning rate of each was chosen between 0.004 and 0.008 by the loss on scenes
 # kept apart, on another seed than those below and in runs of a third of the length (0.002 was too slow for pixels and latents alike). The arms on the grids of $f = 1$ and $f = 2$ take half the batch: where steps are dear,
 # more of them are worth more than larger batches. $f = 8$ takes twice the batch: its steps are so small that a processor spends most of them on overheads.
 
