@@ -63,7 +63,7 @@ bench: setup ## time minilib against its peers; writes tests/benchmarks/record.j
 	python -m minilib.bench
 
 lock: ## resolve the dependencies again into constraints.txt
-	printf 'torch==2.13.0\n' > build-torch.pin
+	printf "triton==3.7.1 ; sys_platform == 'linux'\ntorch==2.13.0\n" > build-torch.pin
 	$(BIN)/uv pip compile -q pyproject.toml --extra all --universal --python-version 3.11 \
 	  --no-emit-package torch -c build-torch.pin -o build-lock.txt
 	( echo "# One resolution for CI and for the published runs; users get the wide ranges of pyproject.toml."; \

@@ -4,11 +4,13 @@ Absolute milliseconds on a shared machine say little: the clock of a busy core w
 measured in turn, each by the minimum of many short samples of *CPU* time, holds to about 10 %. Times are never asserted in
 tests; they are recorded with the machine's name, and the book shows the record.
 
-``make bench`` runs every case of ``tests/benchmarks`` and writes ``tests/benchmarks/record.json``.
+``make bench`` runs every case of ``tests/benchmarks`` and writes ``tests/benchmarks/record.json``. A case whose peer is not
+here is a row too, with the reason (``Missing``); how time grows with size is a fitted exponent (``Scaling``).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,41 @@ from minilib.resources import atomic_write, repo_root
 
 @dataclass(frozen=True)
 class Case:
-    """Two functions of no argument that do the same work, and the ratio aimed at (our time over the peer's)."""
+    """Two functions of no argument that do the same work, and the ratio aimed at (our time over the peer's).
+
+    ``same``: both return tensors (one, or several) that agree within this, relative to the largest value; the tests look.
+    None: what they compute is not the same, or is compared elsewhere. ``slow``: the first call takes minutes (it
+    compiles), so that the tests leave the case out.
+    """
 
     name: str
     peer: str
     goal: float
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
+    same: float | None = None
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A case that cannot be measured on this machine, and why: the peer is not installed, say."""
+
+    name: str
+    peer: str
+    goal: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the time of ``make(size)()`` grows with ``size``: the exponent is aimed to lie in ``goal``."""
+
+    name: str
+    goal: tuple[float, float]
+    sizes: tuple[int, ...]
+    make: Callable[[int], Callable[[], Any]]
+    peer: str = "itself"
 
 
 #: A module and how it is called, a function of the inputs.
@@ -71,6 +102,26 @@ def ratio(
             samples[side].append(_sample((ours, peer)[side], counts[side]))
     mine, theirs = min(samples[0]), min(samples[1])
     return Ratio(mine / theirs, 1e3 * mine, 1e3 * theirs, min(samples[0][::2]) / min(samples[0][1::2]))
+
+
+def times(
+    functions: Sequence[Callable[[], Any]], *, repeats: int = 7, min_seconds: float = 0.05
+) -> list[float]:
+    """The minimum CPU time of a call of each function, in seconds, measured in turns."""
+    counts = [_calls_for(f, min_seconds) for f in functions]
+    samples = [[_sample(f, n) for f, n in zip(functions, counts, strict=True)] for _ in range(repeats)]
+    return [min(column) for column in zip(*samples, strict=True)]
+
+
+def package_problem(name: str) -> str | None:
+    """Why the package ``name`` cannot be a peer here; None if it can be imported."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return f"{name} is not installed" if error.name == name else f"{name} needs {error.name}"
+    except (ImportError, RuntimeError, AttributeError) as error:  # torchvision against another torch, for one
+        return f"{name} could not be imported: {str(error).splitlines()[0]}"
+    return None
 
 
 def _sample(function: Callable[[], Any], calls: int) -> float:
@@ -133,34 +184,71 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def run_cases(cases: Iterator[Case], only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def run_cases(cases: Iterator[Case | Missing | Scaling], only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Measure every case; returns one row a case, ready for JSON."""
-    import diffusers
-
+    from minilib.kernels.quant import cpu_flags
     from minilib.machine import cpu_model
 
     rows = []
     context = {
         "machine": cpu_model(),
+        "cpu_flags": sorted(cpu_flags() & FLAGS),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": _version("diffusers"),
     }
     for case in cases:
         if only and not any(word in case.name for word in only):
             continue
-        result = ratio(case.ours, case.theirs)
-        row = {"name": case.name, "peer": case.peer, "goal": case.goal, **asdict(result)}
-        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        print(f"{case.name:44s} {result.ratio:6.2f}x of {case.peer} (goal {case.goal:g}x)", flush=True)
-        rows.append(row | context)
+        print(f"{case.name:58s}", end=" ", flush=True)
+        result, said = _measure(case)
+        print(said, flush=True)
+        row = {"name": case.name, "peer": case.peer, "goal": case.goal, **result}
+        rows.append(row | context | {"peer_version": _version(case.peer.split()[0])})
     return rows
 
 
+#: The instruction sets that decide how fast matrix products are.
+FLAGS = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"})
+
+
+def _measure(case: Case | Missing | Scaling) -> tuple[dict[str, Any], str]:
+    """What a case adds to its row, and what is printed."""
+    if isinstance(case, Missing):
+        return {"not_measured": case.reason}, f"not measured: {case.reason}"
+    if isinstance(case, Scaling):
+        from minilib.costs import fit_exponent
+
+        seconds = times([case.make(size) for size in case.sizes])
+        fit = fit_exponent(case.sizes, seconds)
+        row = {
+            "exponent": round(fit.value, 3),
+            "interval": [round(fit.low, 3), round(fit.high, 3)],
+            "sizes": list(case.sizes),
+            "ms": [round(1e3 * s, 4) for s in seconds],
+        }
+        return row, f"time ~ size^{fit.value:.2f} (goal {case.goal[0]:g} to {case.goal[1]:g})"
+    result = ratio(case.ours, case.theirs)
+    row = {key: round(value, 4) for key, value in asdict(result).items()}
+    return row, f"{result.ratio:6.2f}x of {case.peer} (goal {case.goal:g}x)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks of the checkout and write their record. Words given select cases by name; then nothing is written."""
-    only = list(sys.argv[1:] if argv is None else argv)
+    """Run the benchmarks of the checkout and write their record.
+
+    Words given select cases by name; then nothing is written, or, with ``--update``, these rows of the record alone. Each
+    row names its machine and its date.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    update, only = "--update" in words, [w for w in words if w != "--update"]
     root = repo_root()
     if root is None:
         print(
@@ -170,12 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     torch.set_num_threads(1)
     folder = root / "tests" / "benchmarks"
-    rows = []
-    for path in sorted(folder.glob("bench_*.py")):
-        rows += run_cases(_load(path).cases(), only)
-    if not only:
-        atomic_write(folder / "record.json", json.dumps(rows, indent=1) + "\n")
-        print(f"wrote {folder / 'record.json'}")
+    cases = [case for path in sorted(folder.glob("bench_*.py")) for case in _load(path).cases()]
+    rows = run_cases(iter(cases), only)
+    if update or not only:
+        record = folder / "record.json"
+        kept = json.loads(record.read_text()) if update and record.is_file() else []
+        by_name = {row["name"]: row for row in kept} | {row["name"]: row for row in rows}
+        ordered = [by_name[case.name] for case in cases if case.name in by_name]
+        atomic_write(record, json.dumps(ordered, indent=1) + "\n")
+        print(f"wrote {len(rows)} of {len(ordered)} rows of {record}")
     return 0
 
 
@@ -187,4 +278,5 @@ def _load(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Under the name that the benchmarks import: run as a script, this module's classes would be other classes.
+    sys.exit(importlib.import_module("minilib.bench").main())

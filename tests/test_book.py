@@ -288,6 +288,29 @@ def test_performance_page(tmp_path):
     assert table.count("✓ yes") == table.count("✗ no") == 1
 
 
+def test_performance_page_shows_exponents_and_what_was_not_measured(tmp_path):
+    context = {
+        "machine": "A CPU",
+        "threads": 1,
+        "date": "2026-01-01",
+        "torch": "2.13.0",
+        "diffusers": "0.42.1",
+    }
+    growth = {"peer": "itself", "sizes": [1024, 4096], "ms": [2.0, 8.5], "interval": [0.9, 1.2]} | context
+    rows = [
+        {"name": "linear: tokens", "goal": [0.8, 1.15], "exponent": 1.04} | growth,
+        {"name": "scan: length", "goal": [0.8, 1.15], "exponent": 1.3} | growth,
+        {"name": "scan", "peer": "mambapy", "goal": 0.8, "not_measured": "mambapy is not installed"}
+        | context,
+    ]
+    miniproject.write(tmp_path / "tests/benchmarks/record.json", json.dumps(rows))
+    table = performance_table(tmp_path)
+    assert "N<sup>1.04</sup>" in table and "fit: 0.90 to 1.20" in table and "0.8 to 1.15" in table
+    assert "2, 8.5 ms" in table and "at N = 1024, 4096" in table
+    assert table.count("✓ yes") == table.count("✗ no") == 1
+    assert "mambapy is not installed" in table and table.count("not measured") == 1
+
+
 def test_worked_example_has_one_outcome_of_each_kind():
     table = example_table()
     found = re.findall(r'class="verdict verdict-([\w-]+)"', table)

@@ -174,12 +174,12 @@ def test_bf16_trains_and_attention_stays_fp32():
     handle.remove()
     assert out and set(out) == {torch.bfloat16} and all(on for _, on in seen)
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
-    from minilib.attention import ATTENTION
+    from minilib.attention import full_attention
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         q = torch.randn(1, 2, 5, 8).bfloat16()
-        mixed = ATTENTION["full"](q, q, q)
-    exact = ATTENTION["full"](q.float(), q.float(), q.float())
+        mixed = full_attention(q, q, q)
+    exact = full_attention(q.float(), q.float(), q.float())
     assert (mixed.float() - exact).abs().max() < 1e-6 or mixed.dtype == torch.bfloat16
 
 

@@ -5,13 +5,18 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
+        "causal": ["CausalAttention", "KVCache"],
         "cross": ["CrossAttention"],
         "functional": [
             "ATTENTION",
             "Attend",
+            "Case",
+            "Variant",
+            "attention_variants",
             "attention_weights",
             "full_attention",
             "get_attention",
+            "make_attention_layer",
             "naive_attention",
             "register_attention",
         ],
@@ -28,6 +33,14 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "joint": ["JointAttention", "RotaryAttention", "joint_ids", "joint_mask"],
         "key_values": ["patch_keys_values", "record_keys_values"],
         "module": ["Attention", "AttentionLayer"],
+        "replace": ["Replacement", "replace_attention"],
         "rope": ["RotaryEmbedding", "apply_rotary", "grid_ids", "interpolated"],
+        "rope_scaling": [
+            "axis_factors",
+            "ntk_aware",
+            "position_interpolation",
+            "yarn",
+            "yarn_attention_scale",
+        ],
     },
 )

@@ -20,7 +20,7 @@ class CrossAttention(AttentionLayer):
         dim: width of ``x`` and of the result.
         context_dim: width of ``context``; None: ``dim``.
         num_heads: heads; must divide ``dim``.
-        variant: name in ``minilib.attention.ATTENTION``; ``variant_options`` are its keyword arguments.
+        variant: name in ``minilib.attention.attention_variants()``; ``variant_options`` are its keyword arguments.
 
     Raises:
         ValueError: ``dim`` is no multiple of ``num_heads``, or the variant is unknown.

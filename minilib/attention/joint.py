@@ -108,7 +108,7 @@ class JointAttention(AttentionLayer):
     Args:
         dim: width of a token, in both streams.
         num_heads: heads; must divide ``dim``.
-        variant: name in ``minilib.attention.ATTENTION``; ``variant_options`` are its keyword arguments.
+        variant: name in ``minilib.attention.attention_variants()``; ``variant_options`` are its keyword arguments.
         qk_norm: "rms_norm" (each head's queries and keys to unit root mean square, with learned gains) or "".
         context_pre_only: the context gives keys and values and is not itself changed: for the last block of a
             model, whose context nobody reads.

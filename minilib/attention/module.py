@@ -16,6 +16,22 @@ class AttentionLayer(nn.Module):
 
     processor: Attend
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Any processor can follow any other: ``nn.Module`` alone refuses a function in the place of a child module.
+
+        A child that the new processor holds as its ``inner`` stays registered, so that its parameters remain the
+        model's while somebody watches it.
+        """
+        if name != "processor" or isinstance(value, nn.Module):
+            return super().__setattr__(name, value)
+        inner = getattr(value, "inner", None)
+        if isinstance(inner, nn.Module):
+            self._modules["processor"] = inner
+        else:
+            self._modules.pop("processor", None)
+        # The instance's own attribute is found before the child of the same name.
+        self.__dict__["processor"] = value
+
 
 class Attention(AttentionLayer):
     """Multi-head self-attention: one linear layer makes q, k and v, a processor mixes the tokens, one linear layer ends it.
@@ -27,7 +43,7 @@ class Attention(AttentionLayer):
     Args:
         dim: width of a token.
         num_heads: heads; must divide ``dim``.
-        variant: name in ``minilib.attention.ATTENTION``.
+        variant: name in ``minilib.attention.attention_variants()``.
         variant_options: keyword arguments of the variant.
         qk_norm: normalise each head's queries and keys to unit root mean square with a learned gain (as SD3
             does).
@@ -70,5 +86,7 @@ class Attention(AttentionLayer):
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
+        if isinstance(self.processor, nn.Module):  # printed below, as a child
+            return f"num_heads={self.num_heads}"
         name = getattr(self.processor, "__name__", None) or getattr(self.processor, "func", self.processor)
         return f"num_heads={self.num_heads}, processor={getattr(name, '__name__', name)}"

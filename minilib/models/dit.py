@@ -107,7 +107,7 @@ class DiT(nn.Module):
         mlp_ratio: hidden width of the feed-forward network over ``hidden_size``.
         num_classes: labels, without the null class.
         learn_sigma: predict a second value per channel for the variance (Nichol and Dhariwal 2021).
-        attention: name in ``minilib.attention.ATTENTION``; ``attention_options`` are its keyword arguments.
+        attention: name in ``minilib.attention.attention_variants()``; ``attention_options`` are its keyword arguments.
         mlp: 'gelu' (DiT), 'swiglu' or 'moe' (DiT-MoE); ``mlp_options`` are its keyword arguments.
         qk_norm: normalise queries and keys.
         frequency_shift: see ``timestep_embedding``; 0 as in the official code, 1 for weights from diffusers.

@@ -52,7 +52,7 @@ class MMDiT(nn.Module):
         pos_embed_max_size: side of the stored table of "sincos_cropped", in patches.
         dual_attention_layers: indices of blocks with a second attention among the image tokens (SD3.5-medium).
         out_channels: channels of the prediction; ``in_channels`` if left out.
-        attention: name in ``minilib.attention.ATTENTION``; ``attention_options`` are its keyword arguments.
+        attention: name in ``minilib.attention.attention_variants()``; ``attention_options`` are its keyword arguments.
         unused_context_query: keep weights in the last block that nothing reads, as published checkpoints do.
 
     Raises:

@@ -4,8 +4,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilib.attention import ATTENTION, Attention, attention_weights, get_attention, register_attention
+from minilib.attention import (
+    ATTENTION,
+    Attention,
+    Case,
+    attention_variants,
+    attention_weights,
+    get_attention,
+    make_attention_layer,
+    register_attention,
+)
 from minilib.attention import functional as functional_module
+from minilib.attention.functional import softmax_flops
+
+SOFTMAX = sorted(name for name, variant in attention_variants().items() if variant.softmax)
 
 
 def qkv(b=2, h=3, n=5, m=7, d=4, seed=0, dtype=torch.float64):
@@ -27,7 +39,7 @@ def by_the_equation(q, k, v, mask=None):
     return out
 
 
-@pytest.mark.parametrize("name", sorted(ATTENTION))
+@pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_variant_keeps_shape_and_dtype_and_is_differentiable(name, dtype):
     q, k, v = (x.requires_grad_() for x in qkv(m=5, dtype=dtype))
@@ -37,7 +49,7 @@ def test_variant_keeps_shape_and_dtype_and_is_differentiable(name, dtype):
     assert all(x.grad.isfinite().all() and x.grad.abs().max() > 0 for x in (q, k, v))
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(ATTENTION) if ATTENTION[n].softmax])
+@pytest.mark.parametrize("name", SOFTMAX)
 class TestSoftmaxVariants:
     def test_equals_the_equation(self, name):
         q, k, v = qkv()
@@ -109,7 +121,12 @@ def test_autocast_keeps_float32_and_float64_attention():
 def test_adding_a_variant_takes_one_decorator(monkeypatch):
     monkeypatch.setattr(functional_module, "ATTENTION", dict(ATTENTION))
 
-    @register_attention("mean")
+    def slow(q, k, v, *, mask=None, scale=1.0):
+        return scale * v.mean(2, keepdim=True).expand_as(q)
+
+    added = register_attention("mean", reference=slow, flops=softmax_flops, cases=(Case({}, n=2),))
+
+    @added
     def mean(q, k, v, *, mask=None, scale=1.0):
         return scale * v.mean(2, keepdim=True).expand_as(q)
 
@@ -118,7 +135,7 @@ def test_adding_a_variant_takes_one_decorator(monkeypatch):
     layer = Attention(8, 2, variant="mean", variant_options={"scale": 0.0})
     assert torch.equal(layer(torch.randn(1, 3, 8)), layer.proj.bias.expand(1, 3, 8))
     with pytest.raises(ValueError, match="registered already"):
-        register_attention("mean")(mean)
+        added(mean)
 
 
 def test_unknown_variant_is_refused_by_name():
@@ -171,3 +188,5 @@ class TestModule:
 
     def test_repr_names_the_processor(self):
         assert "processor=full_attention" in repr(Attention(8, 2))
+        with_parameters = make_attention_layer("latents", 8, 2, grid=(2, 2), group=1, latents=1)
+        assert repr(with_parameters).count("LatentAttention") == 1

@@ -9,6 +9,7 @@ from torch import nn
 from minilib.attention import (
     Attention,
     AttentionLayer,
+    Case,
     CrossAttention,
     attention_processor,
     full_attention,
@@ -24,6 +25,7 @@ from minilib.attention import (
     scale_heads,
 )
 from minilib.attention import functional as functional_module
+from minilib.attention.functional import softmax_flops
 from minilib.models import DiT
 from minilib.models.mmdit import MMDiT
 from minilib.models.unet import UNet
@@ -344,7 +346,9 @@ class TestEdits:
     def test_any_variant_has_heads_keys_and_values_but_not_weights(self, monkeypatch, x):
         monkeypatch.setattr(functional_module, "ATTENTION", dict(functional_module.ATTENTION))
 
-        @register_attention("mean")
+        parts = {"reference": full_attention, "flops": softmax_flops, "cases": (Case({}, n=2),)}
+
+        @register_attention("mean", **parts)
         def mean(q, k, v, *, mask=None):
             return v.mean(2, keepdim=True).expand_as(q)
 

@@ -3,7 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilib.attention import ATTENTION, Attention, attention_processor, full_attention, record_attention
+from minilib.attention import (
+    Attention,
+    attention_processor,
+    attention_variants,
+    full_attention,
+    record_attention,
+)
 from minilib.attention.joint import HeadNorm, JointAttention, RotaryAttention, joint_ids, joint_mask, rows
 from minilib.attention.rope import RotaryEmbedding, grid_ids
 
@@ -240,4 +246,9 @@ class TestErrors:
             JointAttention(*args, **options)
 
     def test_every_registered_variant_builds(self):
-        assert all(JointAttention(D, HEADS, variant=name) for name in ATTENTION)
+        for variant in attention_variants().values():
+            if variant.layer is None:
+                sizes = {"num_heads": HEADS, "head_dim": D // HEADS}
+                options = {key: sizes[key] for key in variant.option_names if key in sizes}
+                options |= variant.cases[0].options
+                assert JointAttention(D, HEADS, variant=variant.name, variant_options=options)
