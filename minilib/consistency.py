@@ -81,13 +81,20 @@ def record_problems(record: Mapping[str, Any], card: Card, profile: str, text: s
         for key, value in fresh.items():
             if not same_number(entry.get(key), value):
                 found.append(f"{name}: {claim.id}: `{key}` is {entry.get(key)}, recomputed {value}")
-        if profile in (claim.asserted_in or ()) and len(entry["values"]) < claim.seeds:
+        if "not_tried" in entry:
+            found.append(f"{name}: {claim.id}: {untried(entry)}")
+        elif profile in (claim.asserted_in or ()) and len(entry["values"]) < claim.seeds:
             found.append(
                 f"{name}: {claim.id}: {len(entry['values'])} values, the card asks for {claim.seeds}"
             )
         if claim.kind == "exact" and fresh["verdict"] == "contradicted":
             found.append(f"{name}: {claim.id}: an exact claim does not hold")
     return found
+
+
+def untried(entry: Mapping[str, Any]) -> str:
+    """Why a run that could not try a claim is not published."""
+    return f"that run could not try it ({entry['not_tried']}); run the page where it can be tried"
 
 
 def page_problems(card: Card, root: Path) -> list[str]:

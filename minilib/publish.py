@@ -65,6 +65,9 @@ def publish(slug: str, profile: str, *, force: bool = False, root: str | Path | 
         return "up to date"
     if profile == "smoke":
         return f"executed; see {record_path.relative_to(root)}"
+    for name, entry in consistency.read_record(record_path)["claims"].items():
+        if "not_tried" in entry:
+            raise PageFailed(f"{slug} ({profile}): not published: {name}: {consistency.untried(entry)}")
     files = {target: record_path.read_text(encoding="utf-8")}
     if profile == "cpu":
         notebook = pages.with_outputs(pages.notebook_of(text), pages.read_notebook(notebook_path))

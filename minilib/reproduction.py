@@ -151,6 +151,7 @@ class Reproduction:
         # Refused now rather than after ten minutes of work.
         self._zoo = zoo_checksums(self.card)
         self._values: dict[str, list[float]] = {}
+        self._not_tried: dict[str, str] = {}
         self._started = time.time()
         self._clock = time.perf_counter()
 
@@ -212,22 +213,42 @@ class Reproduction:
         Refuses a claim the card lacks or calls untried, a second recording, values that are not finite, and fewer values
         than the card's ``seeds`` where this profile asserts the claim.
         """
-        try:
-            claim = self.card.claim(claim_id)
-        except KeyError as error:
-            raise ValueError(f"record: {error.args[0]}") from None
-        if claim.not_tried is not None:
-            raise ValueError(
-                f"record({claim_id!r}): the card calls it untried ({claim.not_tried}); change the card first"
-            )
-        if claim_id in self._values:
-            raise ValueError(f"record({claim_id!r}): recorded already; a claim is recorded once in a run")
+        claim = self._open_claim("record", claim_id)
         floats = _as_floats(claim_id, values)
         if self.asserted(claim) and len(floats) < claim.seeds:
             raise ValueError(
                 f"record({claim_id!r}): {len(floats)} values, but the card asks for {claim.seeds} seeds"
             )
         self._values[claim_id] = floats
+
+    def not_tried(self, claim_id: str, reason: str) -> None:
+        """Say that this run cannot try a claim, and why: what it needs is not on this machine.
+
+        The report then shows the reason in the place of a verdict, and does not miss the claim. Such a run is not
+        published. Refuses a claim the card lacks or calls untried, one that has been recorded, and an empty reason.
+        """
+        self._open_claim("not_tried", claim_id)
+        if not reason.strip():
+            raise ValueError(f"not_tried({claim_id!r}): give the reason, and what would have to be installed")
+        self._not_tried[claim_id] = reason
+
+    def _open_claim(self, call: str, claim_id: str) -> Claim:
+        """The claim, if this run may still say something of it."""
+        try:
+            claim = self.card.claim(claim_id)
+        except KeyError as error:
+            raise ValueError(f"{call}: {error.args[0]}") from None
+        if claim.not_tried is not None:
+            raise ValueError(
+                f"{call}({claim_id!r}): the card calls it untried ({claim.not_tried}); change the card first"
+            )
+        if claim_id in self._values:
+            raise ValueError(f"{call}({claim_id!r}): recorded already; a claim is recorded once in a run")
+        if claim_id in self._not_tried:
+            raise ValueError(
+                f"{call}({claim_id!r}): this run called it untried already ({self._not_tried[claim_id]})"
+            )
+        return claim
 
     def as_record(self) -> dict[str, Any]:
         """The record of this run so far, as JSON holds it. Publishing adds the keys and the commit."""
@@ -239,9 +260,7 @@ class Reproduction:
             "profile": self.profile,
             "device": f"{device} ({gpu})" if gpu else str(device or "cpu"),
             "settings": self._plain_settings().get(self.profile, {}),
-            "claims": {
-                claim.id: summarise(claim, self._values.get(claim.id, [])) for claim in self.card.claims
-            },
+            "claims": {claim.id: self._entry(claim) for claim in self.card.claims},
             "wall_s": round(time.perf_counter() - self._clock, 4),
             "peak_mb": machine.peak_mb(),
             "threads": machine.threads(),
@@ -253,6 +272,11 @@ class Reproduction:
             "data": _data_used(),
         }
 
+    def _entry(self, claim: Claim) -> dict[str, Any]:
+        entry = summarise(claim, self._values.get(claim.id, []))
+        reason = self._not_tried.get(claim.id)
+        return entry if reason is None else entry | {"not_tried": reason}
+
     def report(self) -> None:
         """Show the claims table and leave the record in the notebook.
 
@@ -261,7 +285,8 @@ class Reproduction:
         """
         record = self.as_record()
         _show(tables.claims_html(self.card, record), tables.claims_text(self.card, record), {MIME: record})
-        missing = [c.id for c in self.card.claims if self.asserted(c) and c.id not in self._values]
+        said = self._values.keys() | self._not_tried.keys()
+        missing = [c.id for c in self.card.claims if self.asserted(c) and c.id not in said]
         broken = [
             c.id
             for c in self.card.claims
@@ -286,5 +311,6 @@ class Reproduction:
             "wall_s": record["wall_s"],
             "started": self._started,
             "recorded": sorted(self._values),
+            **({"not_tried": sorted(self._not_tried)} if self._not_tried else {}),
         }
         atomic_write(Path(folder) / f"{self.card.slug}.json", json.dumps(receipt, indent=1) + "\n")

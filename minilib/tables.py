@@ -125,6 +125,11 @@ def run_line(record: Mapping[str, Any]) -> str:
 
 def _claim_notes(card: Card, record: Mapping[str, Any]) -> list[str]:
     notes = [f"Not tried: {claim.id}: {claim.not_tried}" for claim in card.claims if claim.not_tried]
+    notes += [
+        f"Not tried in this run: {name}: {entry['not_tried']}"
+        for name, entry in record["claims"].items()
+        if "not_tried" in entry
+    ]
     notes += [f"Amended {a.date} ({a.claim}): {a.change} Reason: {a.reason}" for a in card.amendments]
     if record["profile"] == "smoke":
         notes.append("The smoke profile is too small to judge a claim: only exact claims are asserted.")

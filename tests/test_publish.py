@@ -139,6 +139,11 @@ def test_a_failing_run_changes_nothing(project):
         ("run.report()", "", "the notebook holds 0 records; run.report() must be called exactly once"),
         ("run.report()", "run.report(); run.report()", "the notebook holds 2 records"),
         ('"alpha", profile', '"alpha", "smoke"', "profile smoke"),
+        (
+            'run.record("sum", total)',
+            'run.not_tried("sum", "no adder is installed")',
+            "not published: sum: that run could not try it (no adder is installed); run the page where",
+        ),
         (' tags=["parameters"]', "", "0 cells are tagged 'parameters'; exactly one must be"),
     ],
 )
@@ -258,6 +263,16 @@ def drop_claim(record):
     del record["claims"]["sum"]
 
 
+def call_untried(record):
+    record["claims"]["sum"] = {
+        "values": [],
+        "mean": None,
+        "interval": None,
+        "verdict": "not tried",
+        "not_tried": "no adder",
+    }
+
+
 def break_exact(record):
     record["claims"]["sum"] = {"values": [3.0], "mean": 3.0, "interval": None, "verdict": "contradicted"}
 
@@ -269,6 +284,7 @@ def break_exact(record):
         (set_verdict, "gain: `verdict` is weaker, recomputed confirmed"),
         (drop_values, "gain: 1 values, the card asks for 3"),
         (drop_claim, "its claims ['gain'] are not the card's"),
+        (call_untried, "sum: that run could not try it (no adder)"),
         (break_exact, "sum: an exact claim does not hold"),
         (lambda record: record.update(wall_s=0), "no wall time, so it did not really run"),
         (lambda record: record.pop("machine"), "`machine` is missing"),

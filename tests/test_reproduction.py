@@ -374,6 +374,38 @@ def test_report_stops_at_an_exact_claim_that_fails(run, capsys):
     assert "contradicted" in capsys.readouterr().out
 
 
+def test_a_claim_that_this_machine_cannot_try(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILIB_RECEIPTS", str(tmp_path))
+    run.record("speed", [1.7, 1.8, 1.9])
+    run.not_tried("sum", "no adder is installed (pip install adder)")
+    run.report()
+    out = capsys.readouterr().out
+    assert "– not tried" in out
+    assert "Not tried in this run: sum: no adder is installed (pip install adder)" in out
+    entry = json.loads(json.dumps(run.as_record(), allow_nan=False))["claims"]["sum"]
+    assert entry["verdict"] == "not tried" and entry["values"] == []
+    assert entry["not_tried"] == "no adder is installed (pip install adder)"
+    receipt = json.loads((tmp_path / "alpha.json").read_text())
+    assert receipt["recorded"] == ["speed"] and receipt["not_tried"] == ["sum"]
+
+
+def test_a_claim_is_tried_or_not_once(run):
+    run.record("speed", [1.7, 1.8, 1.9])
+    run.not_tried("sum", "no adder")
+    for call, argument in ((run.record, 0.1), (run.not_tried, "still none")):
+        with pytest.raises(ValueError, match=r"'sum'\): this run called it untried already \(no adder\)"):
+            call("sum", argument)
+    for claim, reason, message in (
+        ("speed", "no clock", "recorded already"),
+        ("large", "no GPU", "the card calls it untried"),
+        ("sped", "no clock", "no claim 'sped' on its card"),
+        ("seen", " ", "give the reason"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.not_tried(claim, reason)
+    assert "not_tried" not in run.as_record()["claims"]["seen"]
+
+
 def test_any_other_verdict_is_a_result(run, capsys):
     run.record("sum", 0.3)
     run.record("speed", [0.7, 0.8, 0.9])
