@@ -392,7 +392,7 @@ print(
     f"new captions, nearest picture of the same kind: {with_interval(kin)}; by another caption: {with_interval(luck)}"
 )
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two blocks of three rows of eight emoji. Above, training captions: the real picture, the drawing, and the nearest training picture, which mostly is the same. Below, new captions: the real picture, a drawing that is a mixture of things, and the nearest training picture."}, "figure": {"caption": "Above: training captions. Below: concepts that were held out. Rows: the real picture, the drawing with guidance 3, the training picture nearest to it. The first of the first seed, not chosen.", "name": "fig-model-zoo-emoji"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two blocks of three rows of eight emoji. Above, training captions: the real picture, the drawing, recognisable though rough, and the nearest training picture, which for four of the eight is the one asked for or close to it. Below, new captions: the real picture, a drawing that is a mixture of things, and the nearest training picture."}, "figure": {"caption": "Above: training captions. Below: concepts that were held out. Rows: the real picture, the drawing with guidance 3, the training picture nearest to it. The first of the first seed, not chosen.", "name": "fig-model-zoo-emoji"}}
 fig, axes = plt.subplots(2, 1, figsize=(7, 7), layout="constrained")
 for ax, (split, data, title) in zip(
     axes, (("train", train, "training captions"), ("test", new, "new captions")), strict=True
