@@ -339,18 +339,18 @@ for b in range(n_skips):
     print(f"a cached call of branch {b}: {C[b]:11,} MACs, {share[b]:6.1%}")
 print("counted = by hand:", "PASS" if max(differences) == 0 else differences)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: bars of the share of a full call that a cached call of each branch costs, rising from under one tenth at branch 0, light blue, to nearly one at branch 8; branch 2 is dark blue, the others green. Right: cost of a whole sampler against the interval for branch 0, light blue, branch 2, dark blue, and branch 4, red-orange; the line of branch 0 falls close to the ideal one over N, the others level off further above it."}, "figure": {"caption": "Where the work is. Left: what a cached call costs. Right: what a sampler of 50 steps costs; the dashed line is $1/N$, a cache that costs nothing. Counted, not timed. Branch 0 is light blue and branch 2 dark blue, here and in the figures of the results; on the left all others are green.", "name": "fig-deepcache-work"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: bars of the share of a full call that a cached call of each branch costs, rising from under one tenth at branch 0, light blue, to nearly one at branch 8; branch 2 is dark blue, branch 4 green, the others grey. Right: cost of a whole sampler against the interval for branch 0, light blue, branch 2, dark blue, and branch 4, green; the line of branch 0 falls close to the ideal one over N, the others level off further above it."}, "figure": {"caption": "Where the work is. Left: what a cached call costs. Right: what a sampler of 50 steps costs; the dashed line is $1/N$, a cache that costs nothing. Counted, not timed. Branch 0 is light blue, branch 2 dark blue and branch 4 green, here and in the figures of the results.", "name": "fig-deepcache-work"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
 left.bar(
     list(share),
     list(share.values()),
-    color=[PALETTE[5], PALETTE[2], PALETTE[0]] + [PALETTE[2]] * (n_skips - 3),
+    color=[{0: PALETTE[5], 2: PALETTE[0], 4: PALETTE[2]}.get(b, PALETTE[6]) for b in share],
 )
 left.set(
     xlabel="branch $b$ (0 is outermost)", ylabel="cached call / full call", xticks=range(n_skips), ylim=(0, 1)
 )
 intervals = range(1, 21)
-for b, colour in ((0, PALETTE[5]), (2, PALETTE[0]), (4, PALETTE[1])):
+for b, colour in ((0, PALETTE[5]), (2, PALETTE[0]), (4, PALETTE[2])):
     costs = [plan_cost(50, uniform_refreshes(50, N), 1, share[b]) / 50 for N in intervals]
     right.plot(intervals, costs, "o-", ms=3, color=colour, label=f"$b = {b}$")
 right.plot(intervals, [1 / N for N in intervals], "k--", lw=1, label="$1/N$")
@@ -566,13 +566,13 @@ def film(plan, b=2, seed=0):
 ran, aims = film(uniform_refreshes(T, 5))
 _, full_aims = film(range(T))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: a grid, 19 units of the network by the steps of the sampler. Every fifth column is filled from top to bottom, in blue; in the others only the first three rows and the last three are filled, in orange. Below: two rows of small images, from a blur to a scene of coloured shapes, and a row of their difference."}, "figure": {"caption": "The picture to remember. Above: what runs at each step with $N = 5$ and $b = 2$; rows are the units of the network from input to output. Blue (here no branch): a full step. Orange: all that a cached step runs. White: nothing runs, what was kept is used. Below: the clean image that the network aims at, after every fifth step, when the cache is oldest; what caching changed is magnified four times, grey is zero. One caption, not chosen.", "name": "fig-deepcache-film"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Above: a grid, 19 units of the network by the steps of the sampler. Every fifth column is filled from top to bottom, in grey; in the others only the first three rows and the last three are filled, in pink. Below: two rows of small images, from a blur to a scene of coloured shapes, and a row of their difference."}, "figure": {"caption": "The picture to remember. Above: what runs at each step with $N = 5$ and $b = 2$; rows are the units of the network from input to output. Grey: a full step. Pink: all that a cached step runs. White: nothing runs, what was kept is used. Below: the clean image that the network aims at, after every fifth step, when the cache is oldest; what caching changed is magnified four times, grey is zero. One caption, not chosen.", "name": "fig-deepcache-film"}}
 shown = list(range(4, T, 5))
 fig, (top, *rows) = plt.subplots(4, 1, figsize=(7, 5.0), height_ratios=(3.4, 1, 1, 1), layout="constrained")
 grid = ran.int() * (1 + (~ran.all(0)).int())  # 0: did not run, 1: in a full step, 2: in a cached step
 top.imshow(
     grid,
-    cmap=ListedColormap(["white", PALETTE[0], PALETTE[4]]),
+    cmap=ListedColormap(["white", PALETTE[6], PALETTE[3]]),
     vmin=0,
     vmax=2,
     aspect="auto",
@@ -677,7 +677,7 @@ for name, value in gain.items():
     )
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, PSNR against cost. Left, to the full DDIM sampler: three lines that rise with cost, grey and dashed for DDIM with fewer steps, light blue for DeepCache at branch 0, dark blue at branch 2; the line of DDIM lies above both everywhere, closest to branch 2 at short intervals. Right, to the near-exact solution: the same three lines rise towards a dotted line, the error of the full DDIM sampler, and branch 2 passes slightly above DDIM at short intervals; two more for DPM-Solver++, with fewer steps, red-orange and dashed, which rises above all of these, and cached, orange, below that."}, "figure": {"caption": "Nearness against cost. Left: to DDIM with all its steps, which is what DeepCache imitates. Right: to the near-exact solution; dotted: DDIM with all its steps. Points on one line differ in $N$, or in the number of steps; the labels $N$ belong to $b = 2$. The dearest point of DPM-Solver++ has all its steps. The two vertical axes differ. Bars: 90 % intervals over seeds, each with its own captions.", "name": "fig-deepcache-pareto"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, PSNR against cost. Left, to the full DDIM sampler: three lines that rise with cost, grey and dashed for DDIM with fewer steps, light blue for DeepCache at branch 0, dark blue at branch 2; the line of DDIM lies above both everywhere, closest to branch 2 at short intervals. Right, to the near-exact solution: the same three lines rise towards a dotted line, the error of the full DDIM sampler, and branch 2 passes slightly above DDIM at short intervals; two more for DPM-Solver++, without a cache, red-orange and dashed, which rises above all of these, and cached, orange, below that."}, "figure": {"caption": "Nearness against cost. Left: to DDIM with all its steps, which is what DeepCache imitates. Right: to the near-exact solution; dotted: DDIM with all its steps. Points on one line differ in $N$, or in the number of steps; the labels $N$ belong to $b = 2$. The dearest point of DPM-Solver++ has all its steps. The two vertical axes differ. Bars: 90 % intervals over seeds, each with its own captions.", "name": "fig-deepcache-pareto"}}
 def by_cost(names):
     return sorted(set(names), key=lambda name: ARMS[name].cost)
 
@@ -686,7 +686,7 @@ LINES = {
     "DDIM, fewer steps": (by_cost(RIVAL[name] for name in gain), "0.35", "s--"),
     "DeepCache, $b = 0$": ([f"b=0, N={N}" for N in (2, 3, 5, 10)], PALETTE[5], "o-"),
     "DeepCache, $b = 2$": ([f"b=2, N={N}" for N in (2, 3, 5, 10)], PALETTE[0], "o-"),
-    "DPM-Solver++, fewer steps": (
+    "DPM-Solver++, 20 steps and fewer": (
         by_cost(["DPM", *(RIVAL[f"DPM, N={N}"] for N in (2, 3))]),
         PALETTE[1],
         "s--",
@@ -713,9 +713,7 @@ for ax, values, lines in ((axes[0], psnr, list(LINES)[:3]), (axes[1], to_exact, 
     ax.set(xlabel=f"cost in full calls (DDIM: {T})")
 for N in (2, 3, 5, 10):
     point = (ARMS[f"b=2, N={N}"].cost, float(psnr[f"b=2, N={N}"].mean()))
-    axes[0].annotate(
-        f"N={N}", point, (-5, 5), textcoords="offset points", fontsize=9, ha="right", color=PALETTE[0]
-    )
+    axes[0].annotate(f"N={N}", point, (6, -11), textcoords="offset points", fontsize=9, color=PALETTE[0])
 axes[0].set(ylabel="PSNR in dB", title=f"to DDIM, {T} steps")
 axes[1].axhline(float(to_exact["full"].mean()), color="k", lw=1, ls=":")
 axes[1].set(title="to the near-exact solution")
