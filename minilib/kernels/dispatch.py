@@ -153,7 +153,7 @@ def why_not_triton(*tensors: Tensor, needs: tuple[int, int] = POINTWISE) -> str 
     """
     device = tensors[0].device
     if not HAS_TRITON:
-        return "triton is not installed (pip install triton)"
+        return 'triton is not installed (pip install "minilib[kernels]")'
     if any(t.device != device for t in tensors):
         return f"the tensors are on different devices, {sorted({str(t.device) for t in tensors})}"
     wrong = sorted({str(t.dtype) for t in tensors if t.dtype not in TRITON_DTYPES})
