@@ -13,7 +13,7 @@
 # %% [markdown]
 # # A kernel from first principles
 #
-# Fusing operations saves no arithmetic. It saves trips to memory. We take the commonest small operation of a diffusion transformer {cite:p}`peebles2023scalable`, count its bytes, derive its gradient by hand,
+# Fusing operations saves no arithmetic. It saves trips to memory. We take a small operation that every block of a diffusion transformer {cite:p}`peebles2023scalable` repeats, count its bytes, derive its gradient by hand,
 # write it as one kernel for a GPU, and find out how much can be checked on a machine that has none.
 
 # %% tags=["remove-cell"]
@@ -131,12 +131,12 @@ for name, itemsize in (("float32", 4), ("bfloat16", 2)):
     )
 
 # %% [markdown]
-# The matrix product, here the first of the block's MLP (multi-layer perceptron) on one image of 256 tokens, has hundreds of operations for each byte. The modulated norm has about one.
+# The matrix product, here the first of the block's MLP (multi-layer perceptron) on one image of 256 tokens, has a hundred operations or more for each byte. The modulated norm has one or two at most.
 #
 # ## The bytes, counted
 #
-# Three ways to write it, with $\gamma$ and $\beta$ of shape `(b, 1, d)`. The first is the definition. The second is what the released DiT does. The third is what the library runs on a processor: `modulate` calls
-# `F.layer_norm`, and then `torch.addcmul`, which multiplies and adds at once.
+# Three ways to write it, with $\gamma$ and $\beta$ of shape `(b, 1, d)`. The first is the definition. The second is what the released DiT does. The third is what the library runs on a processor, and on a GPU as well until its kernel has been measured there (see
+# {ref}`the rule <sec-kernel-from-first-principles-rule>`): `modulate` calls `F.layer_norm`, and then `torch.addcmul`, which multiplies and adds at once.
 
 
 # %%
@@ -166,6 +166,7 @@ def three_calls(x, branch, gate, shift, scale):
 # %% [markdown]
 # PyTorch can tell us about every call it makes. A `TorchDispatchMode` stands between the Python code and the kernels. For each call we add up the bytes of the tensors that go in and of those that come out. A view, such as
 # `shift[:, 0]`, comes out with the memory of what went in: it moves nothing.
+# A tensor counts once for each call that it enters or leaves. What a call does inside, such as a second pass over a token that is still in a cache, is not counted.
 
 
 # %%
@@ -257,7 +258,7 @@ for name in FORMULA:
 # $$ (eq-kernel-from-first-principles-bytes)
 #
 # for $b$ images of $n$ tokens of width $d$. The passes $a$ decide. The other two terms belong to the statistics, one number a token, and to the vectors, one an image. **So the ratios printed above are the most that fusing
-# can save**, if memory is the limit and caches do not help: a factor of three against the released form, and a little less with the gate.
+# can save** while the operation stays a kernel of its own, if memory is the limit and caches do not help: a factor of three against the released form, and a little less with the gate.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Seven horizontal bars made of alternating blue and orange pieces. Without the gate: definition 12, released 6, two calls 4, one kernel 2. With the gate: released 11, three calls 7, one kernel 4."}, "figure": {"caption": "What each version reads (blue) and writes (orange), in units of the size of $x$, in the order of its calls. White lines separate the calls. The last bar of each group is the least that is possible.", "name": "fig-kernel-from-first-principles-bytes"}}
 one = {
@@ -352,7 +353,7 @@ for name, time in times.items():
 # *Moves* counts what the version reads and writes; *needs* counts what one kernel would. The last column is what a kernel is judged by: at 100 % it would
 # move the bytes that it needs, and no others, at the rate at which $x$ itself can be copied.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: copy rate against size, high up to a few megabytes, then falling to a fraction; copies into new memory fall much further at the largest size. Right: a roofline, rising then flat, with five points at low intensity near the rising part; versions that move fewer bytes lie further right and higher."}, "figure": {"caption": "Left: the copy rate of one core falls when the data no longer fit a cache. The dashed line marks the size of $x$ in what is timed here. Right: the roofs of this core (solid: a copy of the largest size, and a matrix product; dotted: a copy of $x$), and five versions of the operation. From left to right: definition, released, two calls; with the gate, released and three calls. Fusing moves a point to the right; the arithmetic stays the same.", "name": "fig-kernel-from-first-principles-roofline"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: copy rate against size, high up to a few megabytes, then falling to a fraction; copies into new memory fall much further at the largest size. Right: a roofline, rising then flat, with five points at low intensity near the rising part; versions that move fewer bytes lie further right and higher."}, "figure": {"caption": "Left: the copy rate of one core falls when the data no longer fit a cache; at the smallest sizes the call itself takes part of the time. The dashed line marks the size of $x$ in what is timed here. Right: the roofs of this core (solid: a copy of the largest size, and a matrix product; dotted: a copy of $x$), and five versions of the operation. From left to right: definition, released, two calls; with the gate, released and three calls. Fusing moves a point to the right; the arithmetic stays the same.", "name": "fig-kernel-from-first-principles-roofline"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.4))
 for i, label in enumerate(("into memory in use", "into new memory")):
     left.plot(list(rates), [r[i] / 1e9 for r in rates.values()], marker="o", ms=4, label=label)
@@ -378,7 +379,12 @@ plt.show()
 
 # %% [markdown]
 # Two lessons before any kernel is written. Benchmarks of small tensors measure the caches: in the run shown here, a copy of a megabyte is several times as fast as one of 64. And *new* memory can be dear. A small block that was freed is soon used again. A large one goes back to the system, which hands out
-# the next one page by page and fills it with zeros first: where the lower curve drops away from the upper one. A version with fewer intermediate results asks for less of it, so that on a processor fusing can pay even where the bytes themselves are cheap.
+# the next one page by page and fills it with zeros first: where the lower curve drops far away from the upper one, at the right end. A version with fewer intermediate results asks for less of it, so that on a processor fusing can pay even where the bytes themselves are cheap.
+# In the run shown here the two curves nearly meet at the dashed line, so the ratios of time probably owe little to this.
+#
+# Nor do the points on the right lie on one roof. The solid one belongs to the largest copy. At the size timed here a part of the data is still in a cache when the next call reads it, so a point can lie above it, as the definition does.
+# Versions with fewer calls lie further below the dotted line. They save
+# bytes, but move the rest at a lower rate, so that their time falls by less than their bytes. A likely reason is the layer norm itself: its sums weigh more when little else is left. We have not taken it apart.
 #
 # ## The method
 #
@@ -403,12 +409,12 @@ run.record("float32-error", max(errors.values()))
 run.record("same-values", max(error(ours, theirs.double()) for ours, theirs in pairs))
 
 # %% [markdown]
-# A tolerance of $10^{-6}$ is about ten roundings of $6 \cdot 10^{-8}$. It leaves room for another order of the sums, and for nothing else.
+# A tolerance of $10^{-6}$ is some sixteen roundings of $6 \cdot 10^{-8}$. It leaves room for another order of the sums, and for little else.
 #
 # There is one way to lose the precision. The variance is the mean of $(x - \mu)^2$, and also the mean of $x^2$ minus $\mu^2$. The second form needs only one pass over the token, and so it is tempting for a kernel. But where the mean is large, it
 # subtracts two large numbers that are nearly equal {cite:p}`chan1983algorithms`:
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Error of the normalised token against the size of its mean, both logarithmic. The error of the mean-of-squares form grows quadratically and passes 1e-6 at a mean of a few standard deviations; the centred form and F.layer_norm grow linearly, pass it at about thirty, and end several orders below."}, "figure": {"caption": "Error of $\\hat x$ in single precision, for tokens whose mean is so many standard deviations away from zero. Both forms of the variance are equal on paper. Dashed: the tolerance of our kernels.", "name": "fig-kernel-from-first-principles-cancellation"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Error of the normalised token against the size of its mean, both logarithmic. The error of the mean-of-squares form grows quadratically and passes 1e-6 at a mean of a few standard deviations; the centred form and F.layer_norm grow linearly, pass it between ten and about thirty, and end several orders below. The first curve jumps to about a thousand at the right end."}, "figure": {"caption": "Error of $\\hat x$ in single precision, for tokens whose mean is so many standard deviations away from zero. Both forms of the variance are equal on paper. Dashed: the tolerance of our kernels. At the right end the upper curve jumps: there the difference of two large numbers can come out as zero or less, is cut off at zero, and $r$ becomes $1 / \\sqrt{\\varepsilon} = 1000$.", "name": "fig-kernel-from-first-principles-cancellation"}}
 g = torch.Generator().manual_seed(2)
 offsets, curves = torch.logspace(-1, 4, 11).tolist(), {}
 for offset in offsets:
@@ -430,7 +436,7 @@ ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# The two good forms lose precision too, more slowly: the mean itself is rounded to single precision. That much is lost whatever one does next. A kernel that holds a whole token in registers has no need for the tempting form: it can pass over
+# The two good forms lose precision too, more slowly: the mean itself is rounded to single precision. Centring a second time would win most of that back; our kernels do not. A kernel that holds a whole token in registers has no need for the tempting form: it can pass over
 # the token as often as it likes. Ours computes the mean first.
 #
 # (sec-kernel-from-first-principles-gradient)=
@@ -442,10 +448,10 @@ plt.show()
 # $$
 # \frac{\partial \mu}{\partial x_j} = \frac1d, \qquad
 # \frac{\partial v}{\partial x_j} = \frac2d (x_j - \mu), \qquad
-# \frac{\partial r}{\partial x_j} = -\tfrac12 r^3\, \frac{\partial v}{\partial x_j} = -\frac{r^2}{d}\, \hat x_j ,
+# \frac{\partial r}{\partial x_j} = -\tfrac12 r^3\, \frac{\partial v}{\partial x_j} = -\frac{r^2}{d}\, \hat x_j .
 # $$
 #
-# and with $\delta_{ij}$, which is 1 for $i = j$ and else 0,
+# In the second, what $v$ owes to $\mu$ drops out, because the values $x_i - \mu$ add up to zero. With $\delta_{ij}$, which is 1 for $i = j$ and else 0,
 #
 # $$
 # \frac{\partial \hat x_i}{\partial x_j}
@@ -459,7 +465,7 @@ plt.show()
 # \frac{\partial L}{\partial x} = r \big( g - \langle g \rangle - \hat x\, \langle g \odot \hat x \rangle \big) .
 # $$ (eq-kernel-from-first-principles-dx)
 #
-# Read it so: layer norm forgets the mean of a token and its length. A change along either has no effect, so both parts are taken out of the gradient. The vectors act on all tokens of an image, and so their gradients are sums over the tokens $t$:
+# Read it so: layer norm forgets the mean of a token and, but for $\varepsilon$, the length of what is left. A change along either has no effect, so both parts are taken out of the gradient. The vectors act on all tokens of an image, and so their gradients are sums over the tokens $t$:
 #
 # $$
 # \frac{\partial L}{\partial \beta} = \sum_t \frac{\partial L}{\partial y_t}, \qquad
@@ -467,7 +473,7 @@ plt.show()
 # $$
 #
 # With the gate in front, let $e$ be the whole gradient that arrives at $x'$: what its later users send, plus {eq}`eq-kernel-from-first-principles-dx` taken at $x'$. Then $\partial L / \partial x = e$, $\partial L / \partial u = \alpha \odot e$
-# and $\partial L / \partial \alpha = \sum_t e_t \odot u_t$.
+# and $\partial L / \partial \alpha = \sum_t e_t \odot u_t$. PyTorch's `gradcheck` compares all five with finite differences.
 
 
 # %%
@@ -510,7 +516,7 @@ print("gradcheck:", ", ".join(f"{name} {'PASS' if good else 'FAIL'}" for name, g
 run.record("gradient", sum(not good for good in verdict.values()))
 
 # %% [markdown]
-# Count the bytes again. The backward pass without gate must read $x$ and $\partial L / \partial y$, and write $\partial L / \partial x$: three passes. It need not have kept $\hat x$: with the token in registers, computing it again is free.
+# Count the bytes again. The backward pass without gate must read $x$ and $\partial L / \partial y$, and write $\partial L / \partial x$: three passes. It need not have kept $\hat x$, as the code above does: with the token in registers, computing it again costs no bytes.
 #
 # ### The kernel
 #
@@ -590,10 +596,13 @@ def elsewhere(call, *sources, interpret=False):
 # %% [markdown]
 # ### Values: the interpreter
 #
-# With `TRITON_INTERPRET=1` set before a kernel is decorated, Triton does not compile it. It runs the programs one after the other, with numpy. That is thousands of times slower, so the tensors are small. Because the switch acts on the
-# whole process, we use another one.
+# With `TRITON_INTERPRET=1` set before a kernel is decorated, Triton does not compile it. It runs the programs one after the other, with numpy. That is far slower, so the tensors are small. Because the switch acts on the
+# whole process, we start another process for it.
 #
 # Around each input lies a **guard band** of NaN (not a number), and the output starts as NaN. A read outside the input then poisons the result, a write outside the output changes the band, and a value that is never written stays NaN.
+# The library's kernels make their outputs themselves. These start as NaN too, but have no band: a write outside them is looked for in the kernel of this page only.
+#
+# The tolerance is $10^{-6}$ in float32 and $10^{-3}$ in float16, and for gradients three times that.
 
 
 # %%
@@ -713,7 +722,7 @@ if dispatch.HAS_TRITON:
     print(f"mutants that pass every check, plus false alarms: {missed}")
     run.record("mutants-caught", missed)
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "A table of nine kernels by five checks with errors in its cells, dark where the check fails. The right kernel passes all. The first check, half precision at a width of 1024, catches none of eight mutants; single precision at width 48 with three images catches most; the mutant without epsilon is caught by the check with tiny values alone."}, "figure": {"caption": "Which check catches which bug. In the cells: the error against double precision ($\\infty$: a NaN, or a write outside the output). Dark: above the tolerance ($10^{-3}$ for float16, $10^{-6}$ for float32), so caught. In the column heads: images, tokens x width.", "name": "fig-kernel-from-first-principles-mutants"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A table of nine kernels by five checks with errors in its cells, dark where the check fails. The right kernel passes all. The first check, half precision at a width of 1024, catches none of eight mutants; the two checks at width 48 with three images catch seven (half precision, mean 20) and six (single precision); statistics in half precision are caught by the first of these two alone; the mutant without epsilon is caught by the check with tiny values alone."}, "figure": {"caption": "Which check catches which bug. In the cells: the error against double precision ($\\infty$: a NaN, or a write outside the output). Dark: above the tolerance ($10^{-3}$ for float16, $10^{-6}$ for float32), so caught. In the column heads: images, tokens x width. The tokens of the third check have a mean of 20, those of the last a variance near $\\varepsilon$.", "name": "fig-kernel-from-first-principles-mutants"}}
 if dispatch.HAS_TRITON:
     fig, ax = plt.subplots(figsize=(7, 4.1))
     ax.imshow(caught, cmap=ListedColormap(["#e8eef4", plotting.PALETTE[1]]), vmin=0, vmax=1, aspect="auto")
@@ -746,8 +755,10 @@ else:
 # Triton brings its own compiler and NVIDIA's assembler (`ptxas`). Neither needs a GPU: we name the target and compile. `minilib.kernels.compiling` does that and reads what the assembler says:
 #
 # - **registers** a thread: where a program keeps its tile. 255 is the most. The more, the fewer programs run side by side.
-# - **spills**: bytes that found no register and go to memory and back. A kernel that exists to save trips to memory must have none.
+# - **spills** a thread: bytes that found no register and go to memory and back. A kernel that exists to save trips to memory must have none.
 # - **shared memory** a program: fast memory that threads exchange sums through. 48 KB are granted everywhere without asking.
+#
+# The targets bear their compute capability in their names: `sm_80` is an A100. Tensors are bfloat16, but float16 for the T4, which has no bfloat16.
 
 
 # %%
@@ -806,11 +817,11 @@ if dispatch.HAS_TRITON:
     run.record("shared-memory", max(row[5] for row in good))
 
 # %% [markdown]
-# How large may a tile be? A program of 4 warps has 128 threads. With 2048 columns, each token of a tile puts 16 values on every thread, in more than one copy while it is worked on. {numref}`fig-kernel-from-first-principles-spills`
+# How large may a tile be? A *warp* is 32 threads that run in step, so a program of 4 warps has 128 threads. With 2048 columns, each token of a tile puts 16 values on every thread, in more than one copy while it is worked on. {numref}`fig-kernel-from-first-principles-spills`
 # compiles the kernel of this page for taller and taller tiles. The library takes one token a tile at this width.
-# Beyond the limit the fall is deep: at the tallest tile the assembler gives up, keeps nearly everything in memory, and needs few registers for it.
+# Beyond the limit the fall is deep: at the tallest tile the assembler seems to give up. It keeps nearly everything in memory, and needs few registers for it.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Registers a thread rise with the tokens in a tile up to 255, the most there is, at 16 tokens, where spilling begins; at 32 tokens the spilt bytes shoot up and the registers fall."}, "figure": {"caption": "The kernel of this page, compiled for an A100: registers a thread (left axis, blue) and memory spilt (right axis, orange) against the number of tokens in a tile. Dashed: the most registers a thread can have.", "name": "fig-kernel-from-first-principles-spills"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Registers a thread rise with the tokens in a tile up to 255, the most there is, at 16 tokens, where spilling begins; at 32 tokens the spilt bytes shoot up and the registers fall."}, "figure": {"caption": "The kernel of this page, compiled for an A100: registers a thread (left axis, blue) and what a thread's spills store and load (right axis, orange) against the number of tokens in a tile. Dashed: the most registers a thread can have.", "name": "fig-kernel-from-first-principles-spills"}}
 if dispatch.HAS_TRITON:
     fig, ax = plt.subplots(figsize=(6, 3.2))
     ax.plot(s.rows, [t[0] for t in tiles], marker="o", color=plotting.PALETTE[0])
@@ -839,12 +850,15 @@ run.report()
 
 # %% [markdown]
 # The exact lines are what a machine without a GPU can promise: the bytes, the values, the gradient, and that the kernels build and keep their tiles in registers. The two lines of time are those of the processor's own path, two or three
-# fused calls of PyTorch. They save some of the passes, not all.
+# fused calls of PyTorch. They save some of the passes, not all, and they are compared with the released form run call by call, not with what `torch.compile`
+# makes of it on a processor. The last two lines, the speed of the Triton kernel, are **not tried**: they need a GPU.
 #
+# (sec-kernel-from-first-principles-rule)=
 # ### The rule
 #
-# **No kernel of this library ships as a default where it is slower than what PyTorch has.** What PyTorch has includes `torch.compile`, which fuses such an operation by itself. So a Triton kernel has to earn its place: where it does not, it stays as a
-# lesson, and `MINILIB_KERNELS=triton` runs it. `explain` says which path a call would take, and why:
+# **No kernel of this library ships as a default where it is slower than what PyTorch has.** What PyTorch has includes `torch.compile`, which fuses such an operation by itself. So a Triton kernel has to earn its place. Until it has been measured on a GPU to be no slower,
+# the library runs PyTorch's path there: for this operation the two or three fused calls from above. The table `minilib.kernels.dispatch.MEASURED` lists the operations that have passed, each with the least compute capability on which it did. **It is
+# empty so far: by default, no Triton kernel runs on any GPU.** `MINILIB_KERNELS=triton` runs them all the same. `explain` says which path a call would take, and why:
 
 # %%
 x, _, _, shift, scale = inputs(1, n, d)
@@ -861,7 +875,7 @@ if before is not None:
     os.environ["MINILIB_KERNELS"] = before
 
 # %% [markdown]
-# Nothing falls back in silence: asked for Triton where it cannot run, it refuses and says why.
+# Nothing falls back in silence: asked for Triton where it cannot run, it refuses and says why. On a GPU, `auto` would answer `torch` today, with the reason: the kernel is not measured there yet.
 #
 # ### On a GPU: not measured yet
 #
@@ -880,7 +894,8 @@ if before is not None:
 # | 1 image of 256 tokens | the same five | no goal: the start of a kernel takes longer than its work |
 # :::
 #
-# If the second line fails, the default is what `torch.compile` makes, and the kernel stays as the lesson. The floors follow from equation {eq}`eq-kernel-from-first-principles-bytes` and the data sheet alone:
+# The fourth line is the boldest: `torch.compile` can fuse the gated residual with the norm too. Until these lines are measured, the default on a GPU stays PyTorch's path, which `torch.compile` can fuse where a whole model is compiled. If the
+# second line fails, it stays so, and the kernel is a lesson. The floors, the least time that the bytes need, follow from equation {eq}`eq-kernel-from-first-principles-bytes` and the data sheet alone:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -892,6 +907,7 @@ for name, factors in ONE_KERNEL.items():
 # ## What this does not show
 #
 # - The speed of the Triton kernels, on any GPU. That they build and do not spill is needed for speed; it is not speed.
+# - The values in bfloat16, in which the kernels are to be timed: they are interpreted in float32 and float16, and in bfloat16 only built.
 # - Anything about races, or about how many programs run side by side.
 # - That bytes alone decide. On a GPU the start of a kernel costs microseconds, and at small sizes fewer *calls* matter more than fewer bytes.
 # - What the operation is worth in a whole model. It is a small part of a block's time; the most that can be gained is that part.
