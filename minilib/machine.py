@@ -13,13 +13,21 @@ from minilib import __version__
 
 def cpu_model() -> str:
     """Name of the processor and the number of cores this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} core{'s' if cores != 1 else ''}"
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets of the first processor, as Linux names them; empty where that is not known."""
+    return frozenset((_cpuinfo("flags") or "").split())
+
+
+def _cpuinfo(field: str) -> str | None:
+    """What Linux says of the first processor under a name; None where it does not."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
 
 
 def gpu_model() -> str | None:

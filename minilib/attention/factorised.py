@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .functional import Case, Mask, fused_attention, naive_attention, register_attention
-from .grids import check_grid, check_tokens, place_ids, refuse_mask, same_rows
+from .grids import check_grid, check_tokens, refuse_mask, same_rows
+from .rope import grid_ids
 
 CASES = (
     Case({"grid": (2, 3, 2)}, n=12),
@@ -25,12 +26,12 @@ CASES = (
 
 def spatial_sees(n: int, m: int, *, grid: Sequence[int]) -> Bool[Tensor, "n n"]:
     """Tokens of one frame see each other."""
-    return same_rows(place_ids(grid)[:, :1])
+    return same_rows(grid_ids(*grid)[:, :1])
 
 
 def temporal_sees(n: int, m: int, *, grid: Sequence[int]) -> Bool[Tensor, "n n"]:
     """Tokens of one place see each other."""
-    return same_rows(place_ids(grid)[:, 1:])
+    return same_rows(grid_ids(*grid)[:, 1:])
 
 
 def _reference(

@@ -6,7 +6,6 @@ A grid is (rows, columns), or (frames, rows, columns), or any number of axes; it
 from collections.abc import Sequence
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -82,12 +81,6 @@ def padding(grid: Sequence[int], cell: Sequence[int]) -> tuple[int, ...]:
     (0, 1)
     """
     return tuple(-size % step for size, step in zip(grid, cell, strict=True))
-
-
-def place_ids(grid: Sequence[int], *, device: torch.device | None = None) -> Int[Tensor, "n axes"]:
-    """The place of each token on the axes of ``grid``, in raster order."""
-    axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
-    return torch.stack([axis.flatten() for axis in axes], dim=-1)
 
 
 def same_rows(ids: Int[Tensor, "n axes"]) -> Bool[Tensor, "n n"]:

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .functional import Case, Mask, fused_attention, naive_attention, register_attention
-from .grids import Sizes, check_grid, check_tokens, padding, per_axis, place_ids, refuse_mask, to_cells
+from .grids import Sizes, check_grid, check_tokens, padding, per_axis, refuse_mask, to_cells
+from .rope import grid_ids
 
 
 def check_proxy(grid: Sequence[int], cell: Sizes) -> None:
@@ -54,7 +55,7 @@ def proxy_reference(
     cell: Sizes,
 ) -> Float[Tensor, "b h n d"]:
     """The means by a matrix (cells, n) of averages, the rest by the equation."""
-    cells = (place_ids(grid) // torch.tensor(per_axis("proxy", "cell", cell, grid))).tolist()
+    cells = (grid_ids(*grid) // torch.tensor(per_axis("proxy", "cell", cell, grid))).tolist()
     names = sorted(map(list, {tuple(place) for place in cells}))
     member = torch.tensor([[place == name for place in cells] for name in names], device=q.device).to(q.dtype)
     average = member / member.sum(1, keepdim=True)

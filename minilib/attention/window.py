@@ -23,11 +23,11 @@ from .grids import (
     from_cells,
     padding,
     per_axis,
-    place_ids,
     refuse_mask,
     same_rows,
     to_cells,
 )
+from .rope import grid_ids
 
 
 def check_window(grid: Sequence[int], window: Sizes, shift: Sizes = 0) -> None:
@@ -60,7 +60,7 @@ def window_sees(
     """Which pairs of tokens share a window: those with the same (place - shift) // window on every axis."""
     windows, shifts = _fitted(grid, window, shift)
     return same_rows(
-        (place_ids(grid) - torch.tensor(shifts)).div(torch.tensor(windows), rounding_mode="floor")
+        (grid_ids(*grid) - torch.tensor(shifts)).div(torch.tensor(windows), rounding_mode="floor")
     )
 
 

@@ -10,15 +10,15 @@ with 8-bit integers, weights by output channel and activations by token: its sum
 where the processor multiplies bytes (``has_vnni``).
 """
 
-import platform
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
+
+from minilib.machine import cpu_flags
 
 from .dispatch import Choice, Kernel
 
@@ -292,17 +292,6 @@ def has_vnni() -> bool:
     Where there is no such file (macOS, Windows) the answer is False: not known is not claimed.
     """
     return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
-
-
-def cpu_flags() -> frozenset[str]:
-    """The instruction sets of the first CPU, as Linux names them; empty where that is not known."""
-    info = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not info.is_file():
-        return frozenset()
-    lines = info.read_text(errors="replace").splitlines()
-    return next(
-        (frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset()
-    )
 
 
 def _reduced(ndim: int, granularity: str, axis: int) -> tuple[int, ...]:
