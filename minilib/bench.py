@@ -95,22 +95,16 @@ def ratio(
     """
     if repeats < 2 or min_seconds <= 0:
         raise ValueError(f"need repeats >= 2 and min_seconds > 0; got {repeats} and {min_seconds}")
-    counts = [_calls_for(f, min_seconds) for f in (ours, peer)]
-    samples: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            samples[side].append(_sample((ours, peer)[side], counts[side]))
-    mine, theirs = min(samples[0]), min(samples[1])
-    return Ratio(mine / theirs, 1e3 * mine, 1e3 * theirs, min(samples[0][::2]) / min(samples[0][1::2]))
+    samples, others = _interleaved((ours, peer), repeats, min_seconds)
+    mine, theirs = min(samples), min(others)
+    return Ratio(mine / theirs, 1e3 * mine, 1e3 * theirs, min(samples[::2]) / min(samples[1::2]))
 
 
 def times(
     functions: Sequence[Callable[[], Any]], *, repeats: int = 7, min_seconds: float = 0.05
 ) -> list[float]:
     """The minimum CPU time of a call of each function, in seconds, measured in turns."""
-    counts = [_calls_for(f, min_seconds) for f in functions]
-    samples = [[_sample(f, n) for f, n in zip(functions, counts, strict=True)] for _ in range(repeats)]
-    return [min(column) for column in zip(*samples, strict=True)]
+    return [min(samples) for samples in _interleaved(functions, repeats, min_seconds)]
 
 
 def package_problem(name: str) -> str | None:
@@ -122,6 +116,19 @@ def package_problem(name: str) -> str | None:
     except (ImportError, RuntimeError, AttributeError) as error:  # torchvision against another torch, for one
         return f"{name} could not be imported: {str(error).splitlines()[0]}"
     return None
+
+
+def _interleaved(
+    functions: Sequence[Callable[[], Any]], repeats: int, min_seconds: float
+) -> list[list[float]]:
+    """Seconds a call of each function, one sample a turn; the order is turned round every time."""
+    counts = [_calls_for(f, min_seconds) for f in functions]
+    samples: list[list[float]] = [[] for _ in functions]
+    for turn in range(repeats):
+        order = range(len(functions))
+        for i in order if turn % 2 == 0 else reversed(order):
+            samples[i].append(_sample(functions[i], counts[i]))
+    return samples
 
 
 def _sample(function: Callable[[], Any], calls: int) -> float:
@@ -186,8 +193,7 @@ def _step(
 
 def run_cases(cases: Iterator[Case | Missing | Scaling], only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Measure every case; returns one row a case, ready for JSON."""
-    from minilib.kernels.quant import cpu_flags
-    from minilib.machine import cpu_model
+    from minilib.machine import cpu_flags, cpu_model
 
     rows = []
     context = {

@@ -68,15 +68,25 @@ def target(claim: Claim) -> str:
     return text if claim.null is None else f"{text} (no effect: {number(claim.null)})"
 
 
-def here(result: Mapping[str, Any]) -> str:
-    """Mean, 90 % interval and number of values, as measured here."""
+def here(claim: Claim, result: Mapping[str, Any]) -> str:
+    """What was measured here: mean, 90 % interval and number of values; of an exact claim the worst value."""
     n = len(result["values"])
     if n == 0:
         return "–"
+    if claim.kind == "exact" and n > 1:
+        return f"{number(_worst(claim, result['values']))}, the worst of {n}"
     if result["interval"] is None:
         return number(result["mean"])
     low, high = result["interval"]
     return f"{number(result['mean'])} [{number(low)}, {number(high)}], n = {n}"
+
+
+def _worst(claim: Claim, values: Sequence[float]) -> float:
+    """The value that is least in favour of the claim: the one on which an exact claim stands or falls."""
+    if isinstance(claim.threshold, tuple):
+        middle = sum(claim.threshold) / 2
+        return max(values, key=lambda value: abs(value - middle))
+    return min(values) if claim.direction == "at_least" else max(values)
 
 
 def badge(verdict: str) -> str:
@@ -148,7 +158,7 @@ def claims_html(card: Card, record: Mapping[str, Any]) -> str:
         cells = (
             name,
             prose(claim.paper),
-            escape(here(result)),
+            escape(here(claim, result)),
             escape(target(claim)),
             badge(result["verdict"]),
         )
@@ -163,7 +173,7 @@ def claims_text(card: Card, record: Mapping[str, Any]) -> str:
     for claim in card.claims:
         result = record["claims"][claim.id]
         sign = f"{SIGNS[result['verdict']]} {result['verdict']}"
-        rows.append((f"{claim.id}: {claim.statement}", claim.paper, here(result), target(claim), sign))
+        rows.append((f"{claim.id}: {claim.statement}", claim.paper, here(claim, result), target(claim), sign))
     table = text_table(CLAIM_COLUMNS, rows, (38, 24, 28, 18, 14))
     return "\n".join([card.title, "", table, *_claim_notes(card, record)])
 

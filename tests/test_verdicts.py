@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from minilib.cards import Claim
+from minilib.tables import here
 from minilib.verdicts import VERDICTS, summarise, t_interval, verdict
 
 BASE = {"id": "c", "statement": "s", "paper": "p", "metric": "m", "asserted_in": ("cpu",)}
@@ -158,3 +159,21 @@ def test_summary_is_what_json_can_hold():
     }
     assert summarise(claim(), []) == {"values": [], "mean": None, "interval": None, "verdict": "not tried"}
     assert full["verdict"] in VERDICTS
+
+
+@pytest.mark.parametrize(
+    ("direction", "threshold", "values", "shown"),
+    [
+        ("at_most", 0.5, [0.1, 0.4, 0.2], "0.4, the worst of 3"),
+        ("at_least", 0.5, [0.9, 0.6, 0.7], "0.6, the worst of 3"),
+        ("within", (0.0, 1.0), [0.5, 0.9, 0.2], "0.9, the worst of 3"),
+        ("at_most", 0.5, [0.3], "0.3"),
+    ],
+)
+def test_of_an_exact_claim_the_worst_value_is_shown(direction, threshold, values, shown):
+    exact = claim(direction, threshold, None, "exact")
+    assert here(exact, summarise(exact, values)) == shown
+
+
+def test_of_a_quality_claim_mean_and_interval_are_shown():
+    assert here(claim(), summarise(claim(), [1.0, 2.0, 3.0])) == "2 [0.3141, 3.686], n = 3"

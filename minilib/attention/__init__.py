@@ -7,19 +7,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
     submod_attrs={
         "causal": ["CausalAttention", "KVCache"],
         "cross": ["CrossAttention"],
-        "functional": [
-            "ATTENTION",
-            "Attend",
-            "Case",
-            "Variant",
-            "attention_variants",
-            "attention_weights",
-            "full_attention",
-            "get_attention",
-            "make_attention_layer",
-            "naive_attention",
-            "register_attention",
-        ],
+        "functional": ["attention_weights", "full_attention", "naive_attention"],
         "intervene": [
             "attention_modules",
             "attention_processor",
@@ -33,6 +21,16 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "joint": ["JointAttention", "RotaryAttention", "joint_ids", "joint_mask"],
         "key_values": ["patch_keys_values", "record_keys_values"],
         "module": ["Attention", "AttentionLayer"],
+        "registry": [
+            "ATTENTION",
+            "Attend",
+            "Case",
+            "Variant",
+            "attention_variants",
+            "get_attention",
+            "make_attention_layer",
+            "register_attention",
+        ],
         "replace": ["Replacement", "replace_attention"],
         "rope": ["RotaryEmbedding", "apply_rotary", "grid_ids", "interpolated"],
         "rope_scaling": [

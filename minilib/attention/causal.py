@@ -8,15 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functional import (
-    Case,
-    Mask,
-    fused_attention,
-    naive_attention,
-    register_attention,
-    softmax_flops,
-)
+from .functional import fused_attention, naive_attention, softmax_flops
 from .joint import RotaryAttention
+from .registry import Case, Mask, register_attention
 from .rope import RotaryTable, apply_rotary
 
 

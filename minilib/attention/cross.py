@@ -5,8 +5,8 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .functional import Attend, get_attention
 from .module import AttentionLayer
+from .registry import Attend, get_attention
 
 
 class CrossAttention(AttentionLayer):
@@ -82,8 +82,3 @@ class CrossAttention(AttentionLayer):
         mask = None if context_mask is None else context_mask[:, None, None, :]
         out = self.processor(q, k, v, mask=mask)
         return self.to_out(out.transpose(1, 2).reshape(b, n, dim))
-
-    def extra_repr(self) -> str:
-        """Shown when the model is printed."""
-        name = getattr(self.processor, "__name__", None) or getattr(self.processor, "func", self.processor)
-        return f"num_heads={self.num_heads}, processor={getattr(name, '__name__', name)}"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .functional import Attend, attention_weights
+from .functional import attention_weights
+from .registry import Attend
 
 KeyValueEdit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

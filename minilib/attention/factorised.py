@@ -11,8 +11,9 @@ from math import prod
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functional import Case, Mask, fused_attention, naive_attention, register_attention
+from .functional import fused_attention, naive_attention
 from .grids import check_grid, check_tokens, refuse_mask, same_rows
+from .registry import Case, Mask, register_attention
 from .rope import grid_ids
 
 CASES = (

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..intervene.names import Names, matching_names
 from .edited import KeyValueEdit, WeightStep, added_to, require_softmax
-from .functional import Attend
 from .module import AttentionLayer
+from .registry import Attend
 
 Factory = Callable[[str, AttentionLayer], Attend | None]
 When = Callable[[int], bool]
@@ -49,7 +49,8 @@ def attention_processor(
         model: holds attention layers at any depth.
         factory: ``factory(name, attention)`` returns the processor to use there, with the signature
             ``(q, k, v, *, mask=None) -> out``, or None to leave that one alone. The one in force is
-            ``attention.processor``.
+            ``attention.processor``. Layers pass the mask they were called with, None without one, so a mask
+            bound beforehand (``partial(full_attention, mask=m)``) is overwritten: write a function that sets it.
         names: only these layers, see ``attention_modules``.
 
     Yields:

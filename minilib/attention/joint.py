@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Complex, Float, Num
 from torch import Tensor, nn
 
-from .functional import Attend, Mask, get_attention
 from .module import Attention, AttentionLayer
+from .registry import Attend, Mask, get_attention
 from .rope import Ids, RotaryTable, apply_rotary
 
 ContextIds = Num[Tensor, "l axes"] | Num[Tensor, "b l axes"]
@@ -192,8 +192,4 @@ class JointAttention(AttentionLayer):
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
-        name = getattr(self.processor, "__name__", None) or getattr(self.processor, "func", self.processor)
-        return (
-            f"num_heads={self.num_heads}, context_pre_only={self.context_pre_only}, "
-            f"processor={getattr(name, '__name__', name)}"
-        )
+        return f"{super().extra_repr()}, context_pre_only={self.context_pre_only}"

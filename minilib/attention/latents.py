@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .functional import Case, Mask, attention_weights, fused_attention, register_attention
+from .functional import attention_weights, fused_attention
 from .grids import Sizes, check_grid, check_tokens, from_cells, per_axis, refuse_mask, to_cells
+from .registry import Case, Mask, register_attention
 
 
 def check_latents(num_heads: int, head_dim: int, grid: Sequence[int], group: Sizes, latents: int) -> None:

@@ -26,8 +26,8 @@ from ..kernels.linear import (
     linear_attention_flops,
     linear_attention_reference,
 )
-from .functional import Case, Mask, register_attention
 from .grids import check_grid, refuse_mask
+from .registry import Case, Mask, register_attention
 
 
 def check_linear(feature: str, normalise: bool, eps: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from minilib.kernels import local as kernel
 from minilib.kernels.halo import Grid, choose_tiling, reach_of
 
-from .functional import Case, Mask, register_attention
+from .registry import Case, Mask, register_attention
 
 
 def local_sees(n: int, m: int, *, grid: Grid, radius: float) -> Bool[Tensor, "n m"]:

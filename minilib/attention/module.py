@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .functional import Attend, Mask, get_attention
+from .registry import Attend, Mask, get_attention
 
 
 class AttentionLayer(nn.Module):
@@ -14,6 +14,7 @@ class AttentionLayer(nn.Module):
     ``attention_processor`` and ``record_attention`` find every one of them in a model, whatever the model.
     """
 
+    num_heads: int
     processor: Attend
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -32,13 +33,19 @@ class AttentionLayer(nn.Module):
         # The instance's own attribute is found before the child of the same name.
         self.__dict__["processor"] = value
 
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        if isinstance(self.processor, nn.Module):  # printed below, as a child
+            return f"num_heads={self.num_heads}"
+        name = getattr(self.processor, "__name__", None) or getattr(self.processor, "func", self.processor)
+        return f"num_heads={self.num_heads}, processor={getattr(name, '__name__', name)}"
+
 
 class Attention(AttentionLayer):
     """Multi-head self-attention: one linear layer makes q, k and v, a processor mixes the tokens, one linear layer ends it.
 
-    ``processor`` has the signature ``(q, k, v, *, mask=None) -> out`` of ``minilib.attention.functional``. It
-    is an ordinary
-    attribute: ``attention_processor`` and ``record_attention`` exchange it for a while.
+    ``processor`` has the signature ``(q, k, v, *, mask=None) -> out`` of ``minilib.attention.registry``. It is
+    an ordinary attribute: ``attention_processor`` and ``record_attention`` exchange it for a while.
 
     Args:
         dim: width of a token.
@@ -83,10 +90,3 @@ class Attention(AttentionLayer):
             q, k = self.q_norm(q), self.k_norm(k)
         out = self.processor(q, k, v, mask=mask)
         return self.proj(out.transpose(1, 2).reshape(b, n, dim))
-
-    def extra_repr(self) -> str:
-        """Shown when the model is printed."""
-        if isinstance(self.processor, nn.Module):  # printed below, as a child
-            return f"num_heads={self.num_heads}"
-        name = getattr(self.processor, "__name__", None) or getattr(self.processor, "func", self.processor)
-        return f"num_heads={self.num_heads}, processor={getattr(name, '__name__', name)}"

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .functional import Case, Mask, fused_attention, naive_attention, register_attention
+from .functional import fused_attention, naive_attention
 from .grids import Sizes, check_grid, check_tokens, padding, per_axis, refuse_mask, to_cells
+from .registry import Case, Mask, register_attention
 from .rope import grid_ids
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .functional import Attend
 from .intervene import attention_modules
 from .module import AttentionLayer
+from .registry import Attend
 
 Predicate = Callable[[str, AttentionLayer], bool]
 NewFactory = Callable[[str, AttentionLayer], Attend | nn.Module | None]

@@ -18,8 +18,8 @@ from minilib.kernels.halo import Grid
 from minilib.kernels.scan import reference as scan_reference
 from minilib.kernels.scan import selective_scan
 
-from .functional import Case, register_attention
 from .grids import check_grid
+from .registry import Case, register_attention
 
 DIRECTIONS = 4
 

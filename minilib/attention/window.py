@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .functional import Case, Mask, fused_attention, naive_attention, register_attention
+from .functional import fused_attention, naive_attention
 from .grids import (
     Sizes,
     check_grid,
@@ -27,6 +27,7 @@ from .grids import (
     same_rows,
     to_cells,
 )
+from .registry import Case, Mask, register_attention
 from .rope import grid_ids
 
 

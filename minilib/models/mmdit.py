@@ -13,8 +13,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from ..attention.functional import Mask
 from ..attention.joint import ContextIds, joint_ids, joint_mask
+from ..attention.registry import Mask
 from ..attention.rope import Ids, RotaryEmbedding, grid_ids, interpolated
 from .dit import FinalLayer
 from .layers import PatchEmbed, TimestepEmbedder

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from ..attention.functional import Mask
 from ..attention.joint import JointAttention, JointTable, RotaryAttention, rows
+from ..attention.registry import Mask
 from .layers import GeluMLP
 from .positions import sincos_1d
 

@@ -932,7 +932,7 @@ if cold:
     curve(ax, grid, torch.tensor(won)[:, None] * grid - cold, "compiled blocks", PALETTE[0], marker="")
     if paid <= 50_000:
         ax.plot(paid, 0, "o", color="black")
-        ax.annotate(f"paid after {paid:,.0f} steps", (paid, 0), xytext=(-6, 8), textcoords="offset points", ha="right")  # fmt: skip
+        ax.annotate(f"paid after some {float(f'{paid:.1g}'):,.0f} steps", (paid, 0), xytext=(-6, 8), textcoords="offset points", ha="right")  # fmt: skip
 ax.axhline(0, color="black", lw=1)
 ax.set(xlabel="training steps", ylabel="processor time won (s)", xlim=(0, None))
 fig.tight_layout()

@@ -14,7 +14,7 @@ from minilib.attention import (
     make_attention_layer,
     register_attention,
 )
-from minilib.attention import functional as functional_module
+from minilib.attention import registry as registry_module
 from minilib.attention.functional import softmax_flops
 
 SOFTMAX = sorted(name for name, variant in attention_variants().items() if variant.softmax)
@@ -119,7 +119,7 @@ def test_autocast_keeps_float32_and_float64_attention():
 
 
 def test_adding_a_variant_takes_one_decorator(monkeypatch):
-    monkeypatch.setattr(functional_module, "ATTENTION", dict(ATTENTION))
+    monkeypatch.setattr(registry_module, "ATTENTION", dict(ATTENTION))
 
     def slow(q, k, v, *, mask=None, scale=1.0):
         return scale * v.mean(2, keepdim=True).expand_as(q)

@@ -24,7 +24,7 @@ from minilib.attention import (
     reweight_attention,
     scale_heads,
 )
-from minilib.attention import functional as functional_module
+from minilib.attention import registry as registry_module
 from minilib.attention.functional import softmax_flops
 from minilib.models import DiT
 from minilib.models.mmdit import MMDiT
@@ -344,7 +344,7 @@ class TestEdits:
         torch.testing.assert_close(out(2 * ones, lambda n, w: w), out(ones, lambda n, w: 2 * w))
 
     def test_any_variant_has_heads_keys_and_values_but_not_weights(self, monkeypatch, x):
-        monkeypatch.setattr(functional_module, "ATTENTION", dict(functional_module.ATTENTION))
+        monkeypatch.setattr(registry_module, "ATTENTION", dict(registry_module.ATTENTION))
 
         parts = {"reference": full_attention, "flops": softmax_flops, "cases": (Case({}, n=2),)}
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minilib.attention import Attention, get_attention, make_attention_layer
-from minilib.attention.functional import ATTENTION
 from minilib.attention.linear import ConvLinearAttention, FeatureLinearAttention, convolve_on_grid
+from minilib.attention.registry import ATTENTION
 from minilib.kernels.linear import linear_attention_flops
 from minilib.profiling import count_flops, count_parameters
 

@@ -18,8 +18,9 @@ from minilib.attention import (
     make_attention_layer,
     register_attention,
 )
-from minilib.attention import functional as functional_module
-from minilib.attention.functional import BUILT_IN, softmax_flops, softmax_reference
+from minilib.attention import registry as registry_module
+from minilib.attention.functional import softmax_flops, softmax_reference
+from minilib.attention.registry import BUILT_IN
 
 VARIANTS = attention_variants()
 B, HEADS, WIDTH = 2, 2, 4
@@ -306,17 +307,17 @@ class TestRegistration:
 
     @pytest.fixture(autouse=True)
     def own_registry(self, monkeypatch):
-        monkeypatch.setattr(functional_module, "ATTENTION", dict(ATTENTION))
+        monkeypatch.setattr(registry_module, "ATTENTION", dict(ATTENTION))
 
     @pytest.mark.parametrize("left_out", sorted(COMPLETE))
     def test_refused_without(self, left_out):
         options = {key: value for key, value in self.COMPLETE.items() if key != left_out}
         with pytest.raises(ValueError, match=rf"'mine' is registered without {left_out}: .*slow reference"):
             register_attention("mine", **options)(lambda q, k, v, *, mask=None: q)
-        assert "mine" not in functional_module.ATTENTION
+        assert "mine" not in registry_module.ATTENTION
 
     def test_refused_under_a_name_that_is_taken_even_by_a_module_not_yet_imported(self, monkeypatch):
-        monkeypatch.setattr(functional_module, "ATTENTION", {})
+        monkeypatch.setattr(registry_module, "ATTENTION", {})
         for name in BUILT_IN:
             with pytest.raises(ValueError, match=f"attention {name!r} is registered already"):
                 register_attention(name, **self.COMPLETE)(lambda q, k, v, *, mask=None: q)

@@ -20,9 +20,10 @@ from minilib.attention import (
     replace_attention,
     scale_heads,
 )
-from minilib.attention import functional as functional_module
-from minilib.attention.functional import Case, softmax_flops
+from minilib.attention import registry as registry_module
+from minilib.attention.functional import softmax_flops
 from minilib.attention.latents import LatentAttention
+from minilib.attention.registry import Case
 from minilib.models import DiT
 
 DIM, HEADS, GRID = 16, 2, (4, 4)
@@ -274,7 +275,7 @@ class TestExchange:
         assert layer.processor is module and list(layer.state_dict()) == names
 
     def test_recording_needs_softmax_whatever_the_processor_is_made_of(self, monkeypatch):
-        monkeypatch.setattr(functional_module, "ATTENTION", dict(functional_module.ATTENTION))
+        monkeypatch.setattr(registry_module, "ATTENTION", dict(registry_module.ATTENTION))
         parts = {"reference": full_attention, "flops": softmax_flops, "cases": (Case({}, n=2),)}
 
         @register_attention("learned", softmax=True, **parts)
