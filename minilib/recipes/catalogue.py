@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from minilib import zoo
-from minilib.recipes import digits, emoji, generators, mnist, shapes, vae, vit
+from minilib.recipes import digits, digits_p2, emoji, generators, mnist, shapes, vae, vit
 from minilib.recipes.base import Recipe, carry_out
 
 RECIPES: dict[str, Recipe] = {
     **digits.RECIPES,
+    **digits_p2.RECIPES,
     **mnist.RECIPES,
     **shapes.RECIPES,
     **generators.RECIPES,

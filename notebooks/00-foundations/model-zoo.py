@@ -156,7 +156,7 @@ run.record("unet-cost", drawing)
 # %% [markdown]
 # `dit_mnist` and `mmdit_emoji` had a second cycle of 6,000 and 14,000 steps, which the table does not count, in which the learning rate rose and fell once more. `dit_mnist` got its second cycle because its Fréchet distance (below) was above twice its floor after the first.
 #
-# The scene models differ in more than their networks. The U-Nets predict the velocity on Stable Diffusion's noise schedule and are sampled with DDIM {cite:p}`song2021denoising`. The MM-DiTs (`mmdit_...`) and `dit_mnist` are rectified flows {cite:p}`liu2023flow`, sampled with Euler's method. `dit_digits` predicts the noise on a cosine schedule, and is sampled with DPM-Solver++ {cite:p}`lu2022dpm`.
+# The scene models differ in more than their networks. The U-Nets predict the velocity on Stable Diffusion's noise schedule and are sampled with DDIM {cite:p}`song2021denoising`. The MM-DiTs (`mmdit_...`) and `dit_mnist` are rectified flows {cite:p}`liu2023flow`, sampled with Euler's method. `dit_digits` predicts the noise on a cosine schedule, and is sampled with DPM-Solver++ {cite:p}`lu2022dpm`. `dit_digits_p2` is a narrower sibling with patches of 2 x 2 pixels: about a sixth of the work, for pages that train many copies of a model. It is listed here and not measured again; its model card has its figures.
 #
 # Training one again is one command, `python -m minilib.zoo train NAME`. It runs on one CPU core, and goes on from its last checkpoint if it was interrupted: with the same weights as if it had not been. That holds because all chance of step $k$ comes from a generator seeded with $k$.
 #
