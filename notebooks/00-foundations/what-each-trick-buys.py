@@ -290,7 +290,7 @@ print(
 #
 # How good is this clock? The control is the baseline against itself: same code, same inputs, two models with equal weights. What it shows as a difference is noise. The bar of a trick that lies inside it has, by itself, shown nothing.
 #
-# In this run the control **missed its mark**: its interval reaches below the range that the claim `ruler` allows, so `ruler` is *inconclusive*. Three seeds make a wide interval, and one disturbed pair is enough; the machine is shared. Processor time, turns and the least of many samples were meant to prevent this, and did not quite. Differences of a few per cent of a step cannot be told on this page.
+# In this run the control is within the range that the claim `ruler` allows. In an earlier run it was not: three seeds make a wide interval, one disturbed pair is enough, and the machine was busy. So this run was made while nothing else ran. Still, differences of a few per cent of a step cannot be told on this page.
 
 
 # %%
@@ -876,11 +876,11 @@ display(
 
 # %% [markdown]
 # Two things that the bars hide are printed above. An average over *modules* has to find their parameters first, and that search soon costs more than the arithmetic. The loop that it is compared with has to search too, so the gain is diluted: `update-ema` is *weaker*, it gains but misses the goal that the
-# lists meet. And addcmul is a trick of the forward pass. With the backward pass no gain is seen: `addcmul-training` is *inconclusive*, because its interval lies on both sides of 1. Most likely the reason is that the products of the backward pass are the same either way.
+# lists meet. And addcmul is a trick of the forward pass. With the backward pass the gain is gone: `addcmul-training` is *contradicted*, forward and backward together take a little longer with addcmul than without, on every seed. The products of the backward pass are the same either way; why it is slower than the plain version, and not just as fast, we did not find out. (In an earlier run, on a busier machine, the claim was inconclusive.)
 #
-# Then look at the grey band. Only four bars lie clear of it: the large batch, all together, bf16 and checkpointing. Whole steps with fused AdamW, foreach EMA, addcmul, SDPA, `channels_last` or compiled blocks cannot be told from the control here. For fused AdamW and foreach EMA the diamonds show the gain, and
+# Then look at the grey band. Five bars lie clear of it: the large batch, all together, bf16 and checkpointing, and, by little, fused AdamW. Whole steps with foreach EMA, addcmul, SDPA, `channels_last` or compiled blocks cannot be told from the control here. For fused AdamW and foreach EMA the diamonds show the gain of the part, and
 # a diamond far to the left with a bar near 1 is Amdahl's law at work: a good trick on a small part. The other diamonds show no gain. foreach AdamW saves calls, but on this processor no time; SDPA at 64 tokens is even a little slower than the attention written out.
-# `channels-last` is *weaker*: less than was measured when the library was planned, and within the noise of the control. A small U-Net spends much of its step outside the convolutions; that may be why, but we did not take it apart.
+# `channels-last` is *inconclusive*: less than was measured when the library was planned, and within the noise of the control. A small U-Net spends much of its step outside the convolutions; that may be why, but we did not take it apart.
 #
 # What moves the step as a whole is what touches the products (bf16) or shares the fixed costs (a large batch). Of the latter's gain a good part is the optimiser, which runs once instead of once an image.
 # Checkpointing lies on the other side by design: it runs the forward pass of every block twice. It costs rather more than the share of the forward pass in {numref}`fig-what-each-trick-buys-shares` would say, though within the range of its claim; the bookkeeping of `checkpoint` is the likely cause, not a measured one.
@@ -917,7 +917,7 @@ for kind in sweep:
 # On the left, at the width of our model (the third point), bf16 already pays in a training step. That **contradicts** the claim `bf16-narrow`. The claim came from a bf16 path made by hand, on an older model, when the library was planned; autocast with attention kept in fp32 does better. float32 is the library's
 # default because of that old measurement, so this reason for the default no longer stands. The claim on the forward pass, `bf16-forward`, is *weaker*: on the large batch bf16 is clearly faster, but just misses the threshold, by less than the control's noise.
 #
-# On the right, see the left end of the lower curve first: with few tokens the matrix of weights is small, and the fused kernel saves nothing worth its own overhead. At the 64 tokens of our model that is still so. It is made for long sequences. (The library uses it throughout, because it keeps less for the backward pass at any length.)
+# On the right, see the left end of the lower curve first: with few tokens the matrix of weights is small, and the fused kernel saves nothing worth its own overhead. At the 64 tokens of our model that is still so. It is made for long sequences. At 256 tokens it is faster, on average as much as the claim `sdpa-long` asks but for a little; one of the three seeds shows far less than the other two, hence the wide band, and the claim is *weaker*. (The library uses it throughout, because it keeps less for the backward pass at any length.)
 #
 # Half precision is a trick with a trap. On this processor PyTorch's attention has no good backward pass in bf16 for short sequences; autocast does not know that and sends attention there as well. On the left the two curves of the forward pass hardly differ, while those of the step lie far apart: the trap is in the backward pass. So the library's attention leaves autocast for the length of one call,
 # as `kept_in_fp32` does above. On a GPU it is the other way round: there the fast kernels for attention *are* those for half precision, and the library does not interfere.
@@ -1020,21 +1020,23 @@ run.report()
 # %% [markdown]
 # **In words.** The exact claims hold: what is called the same function is the same function, to rounding. The claims on time are judged in the table. Six of them did not hold:
 #
-# - `ruler`, *inconclusive*: the control's interval passes the lower limit. The clock is coarser than planned.
 # - `update-ema`, *weaker*: it gains, but the search for the parameters dilutes the gain.
-# - `addcmul-training`, *inconclusive*: no gain is seen once the backward pass counts.
+# - `addcmul-training`, *contradicted*: a little slower once the backward pass counts.
+# - `sdpa-long`, *weaker*: clearly faster, but one disturbed seed of three brings the mean short of the threshold.
 # - `bf16-forward`, *weaker*: faster, but it just misses the threshold.
 # - `bf16-narrow`, *contradicted*: at width 128 bf16 makes a step faster; we had believed the opposite.
-# - `channels-last`, *weaker*: less than hoped, and within the control's noise.
+# - `channels-last`, *inconclusive*: less than hoped, and within the control's noise.
 #
-# The others are confirmed, but some by little: `foreach-ema`, `sdpa-long` and `bf16-attention` pass their thresholds by less than the control's noise. The verdict goes by the mean; the interval of `bf16-attention` reaches across its threshold.
+# The others are confirmed, but some by little: `foreach-ema` and `bf16-attention` pass their thresholds by less than the control's noise. The verdict goes by the mean; the interval of `bf16-attention` may reach across its threshold.
+#
+# These are the verdicts of one run. The page was run before, with the same code, and four verdicts differed: `ruler` and `addcmul-training` were inconclusive, `sdpa-long` was confirmed, `channels-last` weaker. All four are close calls, and three seeds decide them. This run is published because it was the last, on a machine that did nothing else; that was settled before it was made.
 #
 # **What was changed after the first look.** Every threshold was fixed before the run that is recorded here, but not every claim before the first run. After a pilot run, and before the recorded one, four things were changed. `bf16-loss` judged the training loss over three pairs; it now judges the held-out loss of the averaged weights over
 # five. The claim on addcmul was split into `addcmul-forward` and `addcmul-training`. `bf16-forward` was moved to the batch of 64, which favours bf16. And `bf16-narrow` was added when the pilot had already shown it to be false: it puts an old belief of ours on record, and is no prediction. So these claims are weaker evidence than the rest.
 #
 # The thresholds are the goals of the library's own benchmarks, what was measured when the library was planned (on an older model and a busier machine), or checks of this page; the table says which. Three things to take along:
 #
-# - Ask for the share first. Fused AdamW and the average in one call do what they promise to the update; to the step they can do only what equation {eq}`eq-what-each-trick-buys-amdahl` allows, and that is less than this clock can see.
+# - Ask for the share first. Fused AdamW and the average in one call do what they promise to the update; to the step they can do only what equation {eq}`eq-what-each-trick-buys-amdahl` allows, and that is hardly more than this clock can see.
 # - Half precision is a decision, not a switch. It pays from some width on, it needs one exception, and it is the only trick here that changes the gradient by more than rounding in fp32. Whether the loss notices over these few steps is what `bf16-loss` asks, over five trainings of either kind. On average it does not, within the threshold; a single pair may part further than their mean.
 # - A compiler is an investment. Short runs, such as a page's in the `cpu` profile, do not repay it.
 #
