@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "reconstruction": ["psnr"],
         "reference": ["psnr_to_reference"],
         "scenes": ["mean_scores", "read_in_batches", "scene_scores"],
+        "spectrum": ["RadialSpectrum", "energy_above", "radial_spectrum"],
     },
 )
