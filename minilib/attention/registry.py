@@ -224,6 +224,7 @@ def get_attention(name: str, **options: Any) -> Attend:
     Raises:
         ValueError: no such variant, an unknown, missing or wrong option, or a variant that is a layer.
 
+    >>> import torch
     >>> q = torch.ones(1, 2, 3, 4)
     >>> get_attention("full")(q, q, q).shape
     torch.Size([1, 2, 3, 4])
@@ -244,6 +245,7 @@ def make_attention_layer(name: str, dim: int, num_heads: int, **options: Any) ->
     Raises:
         ValueError: no such variant, a wrong option, or heads that do not divide ``dim``.
 
+    >>> import torch
     >>> make_attention_layer("full", 8, 2)(torch.ones(1, 3, 8)).shape
     torch.Size([1, 3, 8])
     """
