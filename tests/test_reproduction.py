@@ -229,6 +229,16 @@ def test_cards_come_by_part_and_order(root):
     assert [card.slug for card in all_cards(root)] == ["noise", "zeta", "alpha"]
 
 
+def test_the_closing_page_of_a_part_has_no_authors(root):
+    ours = CARD.replace('authors = ["A. Author", "B. Author"]\n', "").replace("year = 2024\n", "")
+    write_card(root, ours.replace('"alpha"', '"caching-compared"'), "caching-compared")
+    card = load_card("caching-compared", root)
+    assert card.authors == () and card.year is None and "paper</" not in tables.card_html(card)
+    write_card(root, ours)
+    with pytest.raises(CardError, match="closing page of a part .slug ending in '-compared'. go without"):
+        load_card("alpha", root)
+
+
 def test_profile(monkeypatch):
     monkeypatch.delenv("MINILIB_PROFILE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -862,6 +862,7 @@ run.report()
 # - **Images with fine texture.** What the outer layers have to redraw in each step is much richer in photographs than in flat shapes.
 # - **A network at scale.** Branch 0 is a thinner slice here than in Stable Diffusion, so the same $N$ saves more and keeps less fresh.
 # - **Perceived quality.** PSNR to a reference punishes any change, also a harmless one. The oracle and the Fréchet distance look at content, but with few images a seed, and the oracle is at its ceiling. The paper's own comparison is one of quality.
+# - **Plans that count from the end.** The verdicts above hold for the released plan, which counts from step 0. {doc}`/notebooks/04-caching/caching-compared` makes the last step of all a full one, at the price of at most one more, and there the comparison with fewer steps comes out differently.
 # - **The best spacing.** Centre and power of the uneven plan are those of the released script, not tuned to this model. Exercise 1 tunes.
 # - **Another training run.** There is one network. The intervals cover captions and noise, not training.
 # - **Speed on a GPU.** The `cpu` profile times one core. At small batches a GPU is limited by the number of launches, and skipping modules saves those too.
