@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ def _papermill(fresh: Any, card: Card, profile: str, root: Path, failed: Path) -
         started = time.perf_counter()
         try:
             with _environment(kernel_environment(profile, root)):
-                papermill.execute_notebook(
+                _with_a_second_start(
+                    papermill.execute_notebook,
                     str(source),
                     str(target),
                     parameters={"profile": profile},
@@ -139,6 +140,16 @@ def _papermill(fresh: Any, card: Card, profile: str, root: Path, failed: Path) -
             kept = f"notebook: {failed}" if failed.is_file() else "no notebook was left"
             raise PageFailed(f"{card.slug} ({profile}) failed:\n" + "\n".join(lines) + f"\n{kept}") from None
         return pages.read_notebook(target), time.perf_counter() - started
+
+
+def _with_a_second_start(execute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call again if the kernel did not come up: of two that start at once one may find its port taken; no cell has run yet."""
+    try:
+        return execute(*args, **kwargs)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "before replying" not in str(error):
+            raise
+        return execute(*args, **kwargs)
 
 
 def _plain_text(text: str) -> str:

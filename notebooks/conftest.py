@@ -7,14 +7,19 @@ receipt from its report: this profile, begun after this session began, with a wa
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from nbval import kernel, plugin
+
+KERNEL_STARTS = 3
 
 
 def pytest_configure(config):
+    plugin.RunningKernel = PatientKernel
     if hasattr(config, "workerinput"):
         return  # a worker of xdist inherits the environment; its results are judged in the main process
     os.environ.setdefault("MINILIB_PROFILE", "smoke")
@@ -23,6 +28,24 @@ def pytest_configure(config):
     # A backend set outside, such as Agg, would keep figures out of the pages.
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     config.pluginmanager.register(ReallyRan(time.time()), "minilib-really-ran")
+
+
+class PatientKernel(kernel.RunningKernel):
+    """A kernel that is started again if it did not come up.
+
+    The ports of a kernel are chosen before it binds them, so of two that start at the same moment one may find its own
+    taken and die. No cell has run by then: starting again, with other ports, loses nothing.
+    """
+
+    def __init__(self, *args, **kwargs):
+        for start in range(1, KERNEL_STARTS + 1):
+            try:
+                super().__init__(*args, **kwargs)
+                return
+            except RuntimeError as error:
+                print(f"kernel: start {start} of {KERNEL_STARTS} failed: {error}", file=sys.stderr)
+                if start == KERNEL_STARTS:
+                    raise
 
 
 class ReallyRan:

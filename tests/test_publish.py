@@ -411,3 +411,32 @@ def test_a_page_runs_on_one_thread_also_where_the_fleet_gives_its_job_two(monkey
     code = "import minilib, torch; print(torch.get_num_threads())"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+def failing(error, failures, calls):
+    def execute(*args, **kwargs):
+        calls.append((args, kwargs))
+        if len(calls) <= failures:
+            raise error
+        return "done"
+
+    return execute
+
+
+def test_a_kernel_that_did_not_come_up_is_started_a_second_time():
+    died, calls = RuntimeError("Kernel died before replying to kernel_info"), []
+    assert execution._with_a_second_start(failing(died, 1, calls), "in", cwd="here") == "done"
+    assert calls == [(("in",), {"cwd": "here"})] * 2
+
+    with pytest.raises(RuntimeError, match="before replying"):
+        execution._with_a_second_start(failing(died, 2, []))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a cell raised"), execution.PageFailed("died before replying")]
+)
+def test_any_other_failure_is_not_tried_again(error):
+    calls = []
+    with pytest.raises(type(error)):
+        execution._with_a_second_start(failing(error, 1, calls))
+    assert len(calls) == 1

@@ -63,6 +63,31 @@ def test_pages_that_did_not_run_fail(project):
     assert checked.returncode == 1 and "beta: no receipt" in checked.stderr and "gamma" not in checked.stderr
 
 
+CLUMSY = """
+from nbval import kernel
+
+inner, starts = kernel.start_new_kernel, []
+
+
+def start_new_kernel(*args, **kwargs):
+    starts.append(1)
+    if len(starts) <= {failures}:
+        raise RuntimeError("Kernel died before replying to kernel_info")
+    return inner(*args, **kwargs)
+
+
+kernel.start_new_kernel = start_new_kernel
+"""
+
+
+@pytest.mark.parametrize("failures, passes", [(2, True), (3, False)])
+def test_a_kernel_that_did_not_come_up_is_started_again(project, failures, passes):
+    (project / "clumsy.py").write_text(CLUMSY.format(failures=failures))
+    done = nbval(project, "-p", "clumsy", "-k", "alpha.ipynb")
+    assert (done.returncode == 0) == passes, done.stdout
+    assert ("Kernel died before replying" in done.stdout) != passes, "the last failure is nbval's to report"
+
+
 def test_flagged_cells_are_compared_with_the_published_outputs(project):
     page = miniproject.page(project, "gamma")
     flagged = "# %%\n# NBVAL_CHECK_OUTPUT\nprint('right')\n\n# %%\n# NBVAL_CHECK_OUTPUT\nprint('published before')\n"
