@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "joint": ["JointAttention", "RotaryAttention", "joint_ids", "joint_mask"],
         "key_values": ["patch_keys_values", "record_keys_values"],
         "module": ["Attention", "AttentionLayer"],
+        "pooled": ["PooledLocalAttention", "pool_grid"],
         "registry": [
             "ATTENTION",
             "Attend",
