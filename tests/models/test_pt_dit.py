@@ -140,6 +140,14 @@ def test_who_hears_of_whom():
     assert hears(seeded(PixArtBlock(DIM, HEADS)), rows=6).all()
 
 
+def test_windows_move_by_half_of_their_side():
+    grid = (8, 8)
+    torch.manual_seed(0)
+    module = seeded(PTDiTBlock(DIM, HEADS, grid, window=(4, 4), cell=(4, 4), proxy="none"))
+    both = (same(grid, (4, 4), (2, 2)).double() @ same(grid, (4, 4)).double()) > 0
+    assert torch.equal(hears(module, n=64), both)
+
+
 def test_pixart_block_by_hand():
     module, (x, condition) = seeded(PixArtBlock(DIM, HEADS)), inputs(rows=6)
     shift, scale, gate, *rest = (condition + module.table).unsqueeze(2).unbind(1)
