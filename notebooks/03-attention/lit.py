@@ -167,7 +167,7 @@ run.record("rank-linear", max(excess))
 run.record("rank-softmax", max(short))
 
 # %% [markdown]
-# In both, queries and keys are the same. The softmax takes rank from nothing: it bends each weight on its own. Linear weights cannot have more than $d$.
+# In both, queries and keys are the same. The softmax gets its rank from the exponential, which bends each weight on its own. Linear weights cannot have more than $d$.
 #
 # ### What it costs
 #
@@ -219,7 +219,7 @@ for n in xl:
 print(f"here: 64 tokens of width 96, h = 2: {64 * 64 * 2 * 96 / formula(64, 96, 2):.2f}")
 
 # %% [markdown]
-# So at our size nothing is saved: 64 tokens are few, and with two heads both cores cost the same. DiT-XL/2 at 256 pixels has 256 tokens, and two heads cost more than twice the softmax there. The method is for larger images. We count there, and train here.
+# So at our size nothing is saved: 64 tokens are few, and with two heads both cores cost nearly the same. DiT-XL/2 at 256 pixels has 256 tokens, and two heads cost more than twice the softmax there. The method is for larger images. We count there, and train here.
 #
 # ### The student
 #
@@ -431,7 +431,7 @@ plt.show()
 # %% [markdown]
 # Four choices hold up in {numref}`fig-lit-effects`. Inheritance is by far the largest. The convolution and the few heads help, by 8 and 4 per cent. The distance to the teacher's prediction helps by 3.
 #
-# One is turned round: a student that inherits the *attention's projections too* is 7 per cent better than one that starts them afresh, with each seed. The softmax' queries and keys are a good start for ReLU features, here and in 150 steps. The paper trains for 100,000 and more, where a start may be forgotten; that is the likely reason, and this page cannot test it.
+# One is turned round: a student that inherits the *attention's projections too* is 7 per cent better than one that starts them afresh, with each seed. The softmax' queries and keys are a good start for ReLU features, here and in 150 steps. The paper trains for 100,000 and more, where a start may be forgotten; that may be the reason, and this page cannot test it.
 #
 # And one choice pays less than it seems. A third more steps without a teacher costs as much as distillation, and gives as much.
 #
@@ -513,9 +513,9 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
-# A CPU core has no idle units, so the core's time follows its operations: two heads take three times as long as sixteen. The claim for the core is contradicted. Yet the block hardly notices, six per cent, because its linear layers take nearly all of the time. So the lunch is nearly free here too, for another reason than on a GPU.
+# A CPU core has no idle units, so the attention's core takes longer with more operations, if not in proportion: with two heads it has seven times the operations of sixteen, and takes three times as long. The claim for the core is contradicted. Yet the block hardly notices, six per cent, because its linear layers take nearly all of the time. So the lunch is nearly free here too, for another reason than on a GPU.
 #
-# Note the dashed line: at 1,024 tokens, one head would already be slower than softmax, which runs in a fused kernel.
+# Note the dashed line: at 1,024 tokens, one head is slower than softmax, which runs in a fused kernel. By operations too it is behind there.
 #
 # ### What a query looks at
 #
@@ -564,7 +564,7 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
-# The teacher looks beside itself. Linear weights are flatter: the largest is half of the teacher's or little more, and they spread over the digit. The convolution has not learned a shape of its own yet; after 150 steps its taps still look like their random start.
+# The teacher looks beside itself. Linear weights are flatter: the largest is between a half and two thirds of the teacher's, and they spread over the image. The convolution shows no shape of its own after 150 steps: no ring, no bright centre.
 #
 # ### Samples
 
