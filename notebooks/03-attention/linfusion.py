@@ -187,6 +187,7 @@ run.record("order-causal", permuted["causal"])
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 def self_attention(name, _=None):
     return name.endswith("attn1")
 
@@ -604,6 +605,7 @@ print("product, then division:", float((k.float() @ v.float()).half() / n), "  s
 # 2. At which number of tokens is LinFusion's layer cheaper than softmax, for $D = 320$ and eight heads? And without the networks $f$?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Solution 2", "code_prompt_hide": "Solution 2"}
+# NBVAL_CHECK_OUTPUT
 # 4 N D^2 + 2 N^2 D > 8 N D^2 + 2 N D^2 / h + N D  means  N > 2 D + D / h + 1/2; without f, N > D / h + 1/2.
 print("with f: more than", 2 * 320 + 320 // 8, "tokens; without:", 320 // 8)
 

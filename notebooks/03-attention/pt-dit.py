@@ -208,6 +208,7 @@ plt.show()
 # A DiT block with full attention takes $12 D^2 + 2 N D$. So there are *more* terms in $D^2$ here, about 26 instead of 12, and the term that grows with $N$ is an eighth: $2M D + 2M^2 D / N$ with $M = N/16$. Which wins depends on $N$. We count at width 1152, with 120 tokens of text, on the *meta* device.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 PIXELS, TEXT, D = (256, 512, 1024, 2048, 4096), 120, 1152
 
 
@@ -477,6 +478,7 @@ print("8 x 8 tokens, windows of 4:", blocks_needed, "blocks. There the task woul
 # 2. In {eq}`eq-pt-dit-macs`, choose cells of $a \times a$ tokens, so that $M = N / a^2$. For 65,536 tokens and $D = 1152$, is a larger $a$ still worth it?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Solution 2", "code_prompt_hide": "Solution 2"}
+# NBVAL_CHECK_OUTPUT
 for a in (2, 4, 8, 16):
     flops = pt_dit_block_flops(1, 65536, D, proxies=65536 // a**2, window=64, text=TEXT)
     print(f"cells of {a:2d} x {a:2d}: {flops / dit_block_flops(1, 65536, D):.2f} of a DiT block")
