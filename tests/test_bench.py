@@ -29,9 +29,7 @@ def test_ratio_counts_cpu_time_not_waiting():
         time.sleep(0.02)
         sum(range(200_000))
 
-    tries = (
-        bench.ratio(wait, burn(200_000), repeats=3, min_seconds=0.002).ratio for _ in range(3)
-    )
+    tries = (bench.ratio(wait, burn(200_000), repeats=3, min_seconds=0.002).ratio for _ in range(3))
     assert any(ratio < 2.5 for ratio in tries)
 
 
