@@ -23,7 +23,8 @@ def peak_bytes(function: Callable[[], Any], *, device: torch.device | str = "cpu
 
     On a CPU every allocation of torch's allocator counts, the scratch memory of its kernels included, as far as they take
     it from there (oneDNN, behind convolutions, keeps its own). The function is called once for a warm-up, so that what
-    a first call keeps for ever does not count. Its result counts too.
+    a first call keeps for ever does not count. Its result counts too. What was there before the call and is let go of within
+    it is not credited: the profiler does not know the size of blocks that it has not seen coming.
 
     Args:
         function: takes no argument; what it returns is let go of.
